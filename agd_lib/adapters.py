@@ -1,0 +1,248 @@
+"""The adapters: plain modules that add a correction to an attention layer's output. They know nothing of diffusers.
+
+An adapter works in two halves. :meth:`condition` turns what a whole forward pass shares (guidance scale, timestep,
+class or prompt) into whatever the layer needs; :meth:`forward` applies it to the layer's tokens. Every adapter starts
+as the identity: its last projection is zero, so an untrained adapter changes nothing, to the bit.
+
+:class:`OffsetAdapter` and :class:`CrossAttentionAdapter` are the paper's (section 4), tensor-compatible with the
+authors' code; :class:`LowRankAdapter` is an extension of ours.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class AdapterInputs:
+    """What an adapter may look at, besides the tokens of its layer.
+
+    Attributes:
+        guidance_scale: (B,).
+        timestep_embedding: (B, timestep_dim), the base model's own.
+        class_embedding: (B, class_dim), the base model's own label embedding; None without classes.
+        prompt_embeddings: (B, L, prompt_dim), the text encoder's tokens; None without prompts.
+    """
+
+    guidance_scale: Tensor
+    timestep_embedding: Tensor
+    class_embedding: Tensor | None = None
+    prompt_embeddings: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class AdapterSizes:
+    """Sizes shared by all adapters of a set.
+
+    Attributes:
+        hidden_size: d, the adapter's inner width.
+        timestep_dim, class_dim, prompt_dim: widths of the base model's embeddings; None leaves that input out.
+        scale_multiplier: factor on the guidance scale before its Fourier features. 1 keeps nearby scales alike; the
+            authors' offset adapter uses 1,000, which turns the features into a hash of the scale.
+    """
+
+    hidden_size: int
+    timestep_dim: int | None = None
+    class_dim: int | None = None
+    prompt_dim: int | None = None
+    scale_multiplier: float = 1.0
+
+
+class ScalarEncoding(nn.Module):
+    """Random Fourier features of a scalar, a two-layer network and a layer norm: (B,) -> (B, d).
+
+    ``cos(2 pi (f s + phi))`` with f ~ N(0, 1) and phi ~ U[0, 1) fixed at the start.
+    """
+
+    frequencies: Tensor
+    phases: Tensor
+
+    def __init__(self, size: int, inner_norm: bool) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", torch.randn(size))
+        self.register_buffer("phases", torch.rand(size))
+        self.mlp = _mlp(size, 4 * size, size, inner_norm)
+        self.norm = nn.LayerNorm(size)
+
+    def forward(self, scalar: Tensor) -> Tensor:
+        angles = 2 * math.pi * (self.frequencies * scalar[:, None].float() + self.phases)  # (B, d)
+        return self.norm(self.mlp(torch.cos(angles).to(self.norm.weight.dtype)))
+
+
+def _mlp(inputs: int, hidden: int, outputs: int, inner_norm: bool) -> nn.Sequential:
+    """Linear, ReLU, (LayerNorm,) Linear, with Xavier weights of gain sqrt(2) and zero biases."""
+    layers: list[nn.Module] = [nn.Linear(inputs, hidden), nn.ReLU()]
+    if inner_norm:
+        layers.append(nn.LayerNorm(hidden))
+    layers.append(nn.Linear(hidden, outputs))
+    for layer in layers:
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight, gain=math.sqrt(2))
+            nn.init.zeros_(layer.bias)
+    return nn.Sequential(*layers)
+
+
+class Adapter(nn.Module):
+    """Base class of the adapters.
+
+    Args:
+        channels: C, the width of the attention layer that it is added to.
+        sizes: see :class:`AdapterSizes`.
+    """
+
+    def __init__(self, channels: int, sizes: AdapterSizes) -> None:
+        super().__init__()
+        self.channels = channels
+        self.sizes = sizes
+
+    def condition(self, inputs: AdapterInputs) -> Any:
+        """The half that depends on (guidance scale, timestep, class or prompt) alone; once per forward pass."""
+        raise NotImplementedError
+
+    def forward(self, hidden_states: Tensor, condition: Any) -> Tensor:
+        """
+        Args:
+            hidden_states: (B, N, C), the attention layer's input tokens.
+            condition: what :meth:`condition` returned.
+
+        Returns:
+            (B, N, C) or (B, 1, C), to be added to the attention layer's output.
+        """
+        raise NotImplementedError
+
+
+class OffsetAdapter(Adapter):
+    """The paper's offset adapter (DiT default): one vector per sample, added to every token.
+
+    Sum of the encodings of scale, timestep and class (or the mean prompt token) -> Linear, ReLU, LayerNorm, Linear.
+    """
+
+    def __init__(self, channels: int, sizes: AdapterSizes) -> None:
+        super().__init__(channels, sizes)
+        d = sizes.hidden_size
+        self.guidance_scale_encoding = ScalarEncoding(d, inner_norm=True)
+        self.timestep_proj = nn.Linear(sizes.timestep_dim, d) if sizes.timestep_dim else None
+        self.class_proj = nn.Linear(sizes.class_dim, d) if sizes.class_dim else None
+        self.prompt_proj = nn.Linear(sizes.prompt_dim, d) if sizes.prompt_dim else None
+        self.out_proj = _mlp(d, d, channels, inner_norm=True)
+        nn.init.zeros_(self.out_proj[-1].weight)  # type: ignore[arg-type]
+
+    def condition(self, inputs: AdapterInputs) -> Tensor:
+        code = self.guidance_scale_encoding(inputs.guidance_scale * self.sizes.scale_multiplier)  # (B, d)
+        if self.timestep_proj is not None:
+            code = code + self.timestep_proj(inputs.timestep_embedding)
+        if self.class_proj is not None and inputs.class_embedding is not None:
+            code = code + self.class_proj(inputs.class_embedding)
+        if self.prompt_proj is not None and inputs.prompt_embeddings is not None:
+            code = code + self.prompt_proj(inputs.prompt_embeddings.mean(dim=1))
+        return self.out_proj(code)[:, None]  # (B, 1, C)
+
+    def forward(self, hidden_states: Tensor, condition: Tensor) -> Tensor:
+        return condition
+
+
+class CrossAttentionAdapter(Adapter):
+    """The paper's cross-attention adapter (UNet default): the tokens attend to [scale, timestep, class | prompt].
+
+    One head, no bias on queries, keys and values, scale d^-0.5, sinusoidal positions on the condition tokens.
+
+    Raises:
+        ValueError: if ``hidden_size`` is odd.
+    """
+
+    MAX_TOKENS = 250
+    positions: Tensor
+
+    def __init__(self, channels: int, sizes: AdapterSizes) -> None:
+        super().__init__(channels, sizes)
+        d = sizes.hidden_size
+        if d % 2:
+            raise ValueError(f"got hidden_size {d}, expected an even number (half sines, half cosines)")
+        self.guidance_scale_encoding = ScalarEncoding(d, inner_norm=False)
+        self.timestep_proj = nn.Linear(sizes.timestep_dim, d) if sizes.timestep_dim else None
+        self.class_proj = nn.Linear(sizes.class_dim, d) if sizes.class_dim else None
+        self.prompt_proj = nn.Linear(sizes.prompt_dim, d) if sizes.prompt_dim else None
+        self.q_proj = nn.Linear(channels, d, bias=False)
+        self.k_proj = nn.Linear(d, d, bias=False)
+        self.v_proj = nn.Linear(d, d, bias=False)
+        self.out_proj = nn.Linear(d, channels)
+        for projection in (self.q_proj, self.k_proj, self.v_proj):
+            nn.init.xavier_uniform_(projection.weight)
+        nn.init.zeros_(self.out_proj.weight)
+        nn.init.zeros_(self.out_proj.bias)
+        wavelengths = torch.exp(-math.log(10_000) * torch.arange(0, d, 2).float() / d)  # (d / 2,)
+        angles = torch.arange(self.MAX_TOKENS)[:, None] * wavelengths  # (250, d / 2)
+        self.register_buffer("positions", torch.cat([angles.sin(), angles.cos()], dim=-1))  # (250, d)
+
+    def condition(self, inputs: AdapterInputs) -> tuple[Tensor, Tensor]:
+        scale = inputs.guidance_scale * self.sizes.scale_multiplier
+        tokens = [self.guidance_scale_encoding(scale)[:, None]]  # each (B, ., d)
+        if self.timestep_proj is not None:
+            tokens.append(self.timestep_proj(inputs.timestep_embedding)[:, None])
+        if self.class_proj is not None and inputs.class_embedding is not None:
+            tokens.append(self.class_proj(inputs.class_embedding)[:, None])
+        if self.prompt_proj is not None and inputs.prompt_embeddings is not None:
+            tokens.append(self.prompt_proj(inputs.prompt_embeddings))
+        sequence = torch.cat(tokens, dim=1)  # (B, S, d)
+        if sequence.shape[1] > self.MAX_TOKENS:
+            raise ValueError(f"got {sequence.shape[1]} condition tokens, expected at most {self.MAX_TOKENS}")
+        sequence = sequence + self.positions[: sequence.shape[1]]
+        return self.k_proj(sequence), self.v_proj(sequence)
+
+    def forward(self, hidden_states: Tensor, condition: tuple[Tensor, Tensor]) -> Tensor:
+        keys, values = condition
+        attended = F.scaled_dot_product_attention(self.q_proj(hidden_states), keys, values)  # (B, N, d)
+        return self.out_proj(attended)
+
+
+class LowRankAdapter(Adapter):
+    """Extension (not the paper's): a low-rank, token-wise network, modulated by scale, timestep and class or prompt.
+
+    ``up((gelu(down(h) * (1 + a) + b)) * (w - 1) * (1 + g))`` with (a, b, g) from a code of (w, t, c). Guidance adds
+    ``(w - 1) (cond - uncond)`` to the conditional prediction, so the factor w - 1 is built in: at scale 1 the adapter
+    is the identity whatever it has learned.
+    """
+
+    def __init__(self, channels: int, sizes: AdapterSizes) -> None:
+        super().__init__(channels, sizes)
+        d = sizes.hidden_size
+        self.guidance_scale_encoding = nn.Linear(2, d)
+        self.timestep_proj = nn.Linear(sizes.timestep_dim, d) if sizes.timestep_dim else None
+        self.class_proj = nn.Linear(sizes.class_dim, d) if sizes.class_dim else None
+        self.prompt_proj = nn.Linear(sizes.prompt_dim, d) if sizes.prompt_dim else None
+        self.modulation = nn.Linear(d, 3 * d)
+        self.down = nn.Linear(channels, d)
+        self.up = nn.Linear(d, channels, bias=False)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def condition(self, inputs: AdapterInputs) -> tuple[Tensor, Tensor, Tensor]:
+        w = inputs.guidance_scale
+        code = self.guidance_scale_encoding(torch.stack([w / 4, torch.log1p(w)], dim=1))  # (B, d)
+        if self.timestep_proj is not None:
+            code = code + self.timestep_proj(inputs.timestep_embedding)
+        if self.class_proj is not None and inputs.class_embedding is not None:
+            code = code + self.class_proj(inputs.class_embedding)
+        if self.prompt_proj is not None and inputs.prompt_embeddings is not None:
+            code = code + self.prompt_proj(inputs.prompt_embeddings.mean(dim=1))
+        gain, shift, gate = self.modulation(F.silu(code))[:, None].chunk(3, dim=-1)  # each (B, 1, d)
+        return 1 + gain, shift, (w - 1)[:, None, None] * (1 + gate)
+
+    def forward(self, hidden_states: Tensor, condition: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        gain, shift, gate = condition
+        return self.up(F.gelu(self.down(hidden_states) * gain + shift) * gate)
+
+
+ADAPTERS: dict[str, type[Adapter]] = {
+    "offset": OffsetAdapter,
+    "cross-attention": CrossAttentionAdapter,
+    "low-rank": LowRankAdapter,
+}
+"""The adapter kinds by name. ``low-rank`` is an extension; the other two are the paper's."""

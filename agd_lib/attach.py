@@ -1,0 +1,383 @@
+"""Puts adapters on a base model's attention layers, by hooks, and takes them off again without a trace.
+
+    adapters = AdapterSet.create(base, kind="offset")
+    adapters.attach(base)
+    with adapters.guided_by(4.0):
+        ...                       # every forward pass of the base in here is guided, by whoever calls it
+    adapters.remove()             # the base is what it was, to the bit
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapters import ADAPTERS, Adapter, AdapterSizes
+from .base_models import BaseModel
+from .errors import AdapterError
+from .guidance import Scale, scale_at
+from .storage import read_json, read_tensors, write_json, write_tensors, writing
+
+CONFIG_NAME, WEIGHTS_NAME, CARD_NAME = "config.json", "adapter_model.safetensors", "README.md"
+FORMAT_VERSION = 1
+
+_attached: weakref.WeakKeyDictionary[nn.Module, AdapterSet] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """Everything that is needed to build an :class:`AdapterSet` again and to know what it was trained for.
+
+    Attributes:
+        kind: a name in :data:`agd_lib.adapters.ADAPTERS`.
+        hidden_size: d, the adapters' inner width.
+        sites: attention layer -> its width C.
+        timestep_dim, class_dim, prompt_dim: widths of the inputs; None where the adapters do not see that input.
+        guidance_range: (w_min, w_max) of the training trajectories.
+        base_name, base_revision, base_fingerprint, prediction_type: the base model trained on.
+        guided_channels: latent channels that the teacher guided.
+        scale_multiplier: see :class:`agd_lib.adapters.AdapterSizes`.
+    """
+
+    kind: str
+    hidden_size: int
+    sites: dict[str, int]
+    timestep_dim: int | None
+    class_dim: int | None
+    prompt_dim: int | None
+    guidance_range: tuple[float, float]
+    base_name: str
+    base_revision: str | None
+    base_fingerprint: str
+    prediction_type: str
+    guided_channels: int
+    scale_multiplier: float = 1.0
+    format_version: int = FORMAT_VERSION
+    library_version: str = field(default_factory=lambda: _library_version())
+
+
+def _library_version() -> str:
+    try:
+        return version("agd-lib")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+class AdapterSet(nn.Module):
+    """One adapter for every attention site of a base model.
+
+    Attributes:
+        config: see :class:`AdapterConfig`.
+        adapters: the adapters by site; dots in site names are written as slashes, as ``nn.ModuleDict`` asks.
+        enabled: while False, the base model behaves as if nothing were attached.
+    """
+
+    def __init__(self, config: AdapterConfig) -> None:
+        super().__init__()
+        if config.kind not in ADAPTERS:
+            raise ValueError(f"got adapter kind {config.kind!r}, expected one of: {', '.join(ADAPTERS)}")
+        self.config = config
+        sizes = AdapterSizes(
+            config.hidden_size, config.timestep_dim, config.class_dim, config.prompt_dim, config.scale_multiplier
+        )
+        self.adapters = nn.ModuleDict(
+            {site.replace(".", "/"): ADAPTERS[config.kind](channels, sizes) for site, channels in config.sites.items()}
+        )
+        self.enabled = True
+        self._scale: Scale | None = None
+        self._base: BaseModel | None = None
+        self._handles: list[Any] = []
+        self._conditions: dict[str, Any] | None = None
+
+    @classmethod
+    def create(
+        cls,
+        base: BaseModel,
+        kind: str = "offset",
+        hidden_size: int = 32,
+        guidance_range: tuple[float, float] = (1.0, 6.0),
+        guided_channels: int | None = None,
+        use_timestep: bool = True,
+        use_condition: bool = True,
+        scale_multiplier: float = 1.0,
+        seed: int = 0,
+    ) -> AdapterSet:
+        """New adapters for every attention site of a base model, untrained: they change nothing yet.
+
+        Args:
+            kind: ``"offset"`` or ``"cross-attention"`` (the paper's), or ``"low-rank"`` (an extension).
+            hidden_size: d; the paper uses 256 for DiT-XL/2.
+            guidance_range: (w_min, w_max) that they will be trained on.
+            guided_channels: latent channels that the teacher guides; None: all.
+            use_timestep, use_condition: whether the adapters see the timestep, and the class or prompt.
+            seed: of their initial weights.
+
+        Raises:
+            ValueError: for an unknown kind or a guidance range out of order.
+        """
+        check_guidance_range(guidance_range)
+        dims = base.adapter_input_dims()
+        config = AdapterConfig(
+            kind=kind,
+            hidden_size=hidden_size,
+            sites={site: channels for site, (_, channels) in base.attention_sites().items()},
+            timestep_dim=dims["timestep_dim"] if use_timestep else None,
+            class_dim=dims["class_dim"] if use_condition else None,
+            prompt_dim=dims["prompt_dim"] if use_condition else None,
+            guidance_range=(float(guidance_range[0]), float(guidance_range[1])),
+            base_name=base.name,
+            base_revision=base.revision,
+            base_fingerprint=base.fingerprint(),
+            prediction_type=base.prediction_type,
+            guided_channels=guided_channels or base.latent_shape[0],
+            scale_multiplier=scale_multiplier,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return cls(config).to(base.device)
+
+    # Attaching ------------------------------------------------------------------------------------------------------
+
+    def attach(self, base: BaseModel) -> AdapterSet:
+        """Put the adapters on a base model; returns self. Adapters that it carried before are removed, with a warning.
+
+        Raises:
+            AdapterError: if the base model does not fit; the message says in what.
+        """
+        self._check_fit(base)
+        previous = _attached.get(base.denoiser)
+        if previous is self:
+            return self
+        if previous is not None:
+            warnings.warn("this base model carried adapters already; they were removed", stacklevel=2)
+            previous.remove()
+        self.remove()
+        self._base = base
+        self._handles = [base.denoiser.register_forward_pre_hook(self._before_forward, with_kwargs=True)]
+        for site, (module, _) in base.attention_sites().items():
+            if site in self.config.sites:
+                self._handles.append(module.register_forward_hook(self._site_hook(site), with_kwargs=True))
+        _attached[base.denoiser] = self
+        return self
+
+    def remove(self) -> None:
+        """Take the adapters off. The base model is again what it was, to the bit. Harmless where none are on."""
+        for handle in self._handles:
+            handle.remove()
+        if self._base is not None:
+            _attached.pop(self._base.denoiser, None)
+        self._handles, self._base, self._conditions = [], None, None
+
+    @contextmanager
+    def guided_by(self, scale: Scale) -> Iterator[AdapterSet]:
+        """Inside the block every forward pass of the base model is guided at this scale; see :data:`Scale`."""
+        if self._base is None:
+            raise AdapterError("these adapters are on no base model: call attach(base) first")
+        before, self._scale = self._scale, scale
+        try:
+            yield self
+        finally:
+            self._scale = before
+
+    @contextmanager
+    def disabled(self) -> Iterator[AdapterSet]:
+        """Inside the block the base model behaves as if nothing were attached."""
+        before, self.enabled = self.enabled, False
+        try:
+            yield self
+        finally:
+            self.enabled = before
+
+    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Compute, once per forward pass, what the adapters need besides their layer's tokens."""
+        self._conditions = None
+        if self._base is None or not self.enabled or self._scale is None:
+            return
+        timestep, condition = self._base.read_call(args, kwargs)
+        batch_size = len(next(iter(condition.values())))
+        like = next(self.parameters())
+        scale = scale_at(self._scale, int(timestep.flatten()[0]) if callable(self._scale) else 0, batch_size, like)
+        inputs = self._base.adapter_inputs(timestep, condition, scale)
+        self._conditions = {site: self._at(site).condition(inputs) for site in self.config.sites}
+
+    def _site_hook(self, site: str) -> Any:
+        adapter = self._at(site)
+        dtype = next(adapter.parameters()).dtype
+
+        def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+            if self._conditions is None:
+                return None
+            hidden_states = args[0] if args else kwargs["hidden_states"]
+            return output + adapter(hidden_states.to(dtype), self._conditions[site]).to(output.dtype)
+
+        return add
+
+    def _at(self, site: str) -> Adapter:
+        adapter = self.adapters[site.replace(".", "/")]
+        assert isinstance(adapter, Adapter)
+        return adapter
+
+    def _check_fit(self, base: BaseModel) -> None:
+        sites = {site: channels for site, (_, channels) in base.attention_sites().items()}
+        dims = base.adapter_input_dims()
+        wrong = [f"attention layer {site} is missing" for site in self.config.sites if site not in sites]
+        wrong += [
+            f"{site} has width {sites[site]}, the adapter {channels}"
+            for site, channels in self.config.sites.items()
+            if site in sites and sites[site] != channels
+        ]
+        wrong += [
+            f"{name} is {dims[name]}, the adapters expect {getattr(self.config, name)}"
+            for name in ("timestep_dim", "class_dim", "prompt_dim")
+            if getattr(self.config, name) is not None and getattr(self.config, name) != dims[name]
+        ]
+        if base.prediction_type != self.config.prediction_type:
+            wrong.append(f"it predicts {base.prediction_type}, the adapters were trained for {self.config.prediction_type}")
+        if wrong:
+            raise AdapterError(
+                f"these adapters were made for {self.config.base_name} and do not fit {base.name}: "
+                + "; ".join(wrong[:5])
+                + (f"; and {len(wrong) - 5} more differences" if len(wrong) > 5 else "")
+            )
+
+    # Numbers --------------------------------------------------------------------------------------------------------
+
+    def num_parameters(self) -> int:
+        """Trainable parameters of all adapters."""
+        return sum(p.numel() for p in self.parameters())
+
+    def summary(self, base: BaseModel) -> str:
+        """One line: kind, sites, parameters, and their share of the base model's."""
+        count, total = self.num_parameters(), base.num_parameters()
+        return (
+            f"{self.config.kind} adapters, d = {self.config.hidden_size}, at {len(self.config.sites)} attention layers: "
+            f"{count:,} parameters, {100 * count / total:.2f} % of the base model's {total:,}"
+        )
+
+    # Disk -----------------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, folder: str | Path, card: str = "") -> None:
+        """Write ``config.json``, ``adapter_model.safetensors`` and a model card, all or nothing.
+
+        Args:
+            folder: replaced if it exists. card: text for the model card (measured results belong there).
+
+        Raises:
+            WriteError: if the disk refuses; nothing half-written is left.
+        """
+        with writing(Path(folder)) as temporary:
+            temporary.mkdir()
+            write_tensors(temporary / WEIGHTS_NAME, self.state_dict())
+            write_json(temporary / CONFIG_NAME, asdict(self.config))
+            (temporary / CARD_NAME).write_text(card or default_card(self.config), encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu") -> AdapterSet:
+        """Load adapters from a folder that :meth:`save_pretrained` wrote, or from a hub id.
+
+        Raises:
+            AdapterError: if files are missing, malformed, truncated, pickled, or of an unknown format version.
+        """
+        folder = _local_folder(folder)
+        config = config_from_dict(read_json(folder / CONFIG_NAME, AdapterError, "adapter config"), folder)
+        tensors = read_tensors(folder / WEIGHTS_NAME, AdapterError, "adapter weights")
+        with torch.random.fork_rng(devices=[]):
+            adapters = cls(config)
+        expected = adapters.state_dict()
+        wrong = sorted(expected.keys() ^ tensors.keys())
+        wrong += [
+            f"{name}: shape {tuple(tensors[name].shape)}, expected {tuple(expected[name].shape)}"
+            for name in expected.keys() & tensors.keys()
+            if tensors[name].shape != expected[name].shape
+        ]
+        if wrong:
+            raise AdapterError(
+                f"the weights in {folder} do not fit its config.json: {'; '.join(wrong[:5])} "
+                f"({len(wrong)} differences). One of the two files is from another set of adapters"
+            )
+        adapters.load_state_dict(tensors)
+        return adapters.to(device)
+
+
+def check_guidance_range(guidance_range: tuple[float, float]) -> None:
+    """Raises ``ValueError`` unless 0 <= w_min <= w_max, both finite."""
+    low, high = guidance_range
+    if not (0 <= low <= high < float("inf")):
+        raise ValueError(f"got guidance range {guidance_range}, expected 0 <= w_min <= w_max, such as (1, 6)")
+
+
+def default_card(config: AdapterConfig) -> str:
+    """A model card without results: what the adapters are, and how to use them."""
+    low, high = config.guidance_range
+    return (
+        "---\nlibrary_name: agd-lib\ntags: [adapter-guidance-distillation]\n---\n"
+        f"# AGD adapters ({config.kind}) for {config.base_name}\n\n"
+        f"Classifier-free guidance in one forward pass a step, for scales {low:g} to {high:g}.\n\n"
+        "```python\nfrom agd_lib import AGD, AdapterSet, load_base\n\n"
+        f'base = load_base("{config.base_name}")\nadapters = AdapterSet.from_pretrained("this folder").attach(base)\n```\n'
+    )
+
+
+def config_from_dict(values: Mapping[str, Any], origin: Path) -> AdapterConfig:
+    """Check and build an :class:`AdapterConfig` from parsed JSON.
+
+    Raises:
+        AdapterError: naming the field that is missing, unknown or out of range.
+    """
+    fields = AdapterConfig.__dataclass_fields__
+    missing, unknown = fields.keys() - values.keys(), values.keys() - fields.keys()
+    if values.get("format_version") != FORMAT_VERSION:
+        raise AdapterError(
+            f"{origin} has adapter format version {values.get('format_version')!r}, this library reads {FORMAT_VERSION}"
+        )
+    if missing or unknown:
+        raise AdapterError(
+            f"the adapter config in {origin} is malformed: missing {sorted(missing)}, unknown {sorted(unknown)}"
+        )
+    sites, guidance_range = values["sites"], values["guidance_range"]
+    optional = [values[k] for k in ("timestep_dim", "class_dim", "prompt_dim") if values[k] is not None]
+    sizes_fit = (
+        isinstance(sites, dict)
+        and sites
+        and all(_is_size(n) for n in [values["hidden_size"], values["guided_channels"], *sites.values(), *optional])
+    )
+    if not sizes_fit or values["kind"] not in ADAPTERS:
+        raise AdapterError(
+            f"the adapter config in {origin} is malformed: expected a kind of {', '.join(ADAPTERS)} and sizes from 1 "
+            "to 65,536"
+        )
+    try:
+        check_guidance_range(tuple(guidance_range))
+    except (TypeError, ValueError) as error:
+        raise AdapterError(f"the adapter config in {origin} is malformed: {error}") from error
+    return AdapterConfig(**{**values, "guidance_range": tuple(float(w) for w in guidance_range)})
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= 65_536
+
+
+def _local_folder(folder: str | Path) -> Path:
+    path = Path(folder)
+    if path.is_dir():
+        return path
+    if path.is_file():
+        read_tensors(path, AdapterError, "adapter weights")  # names a pickle for what it is
+        raise AdapterError(f"{path} is a file, expected the folder that holds {CONFIG_NAME} and {WEIGHTS_NAME}")
+    if str(folder).count("/") != 1 or str(folder).startswith((".", "/", "~")):
+        raise AdapterError(f"got adapters {str(folder)!r}: no such folder, and not a hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(folder), allow_patterns=[CONFIG_NAME, WEIGHTS_NAME, CARD_NAME]))
+    except Exception as error:  # the hub client raises many kinds
+        raise AdapterError(f"could not fetch the adapters {str(folder)!r} from the hub: {error}") from error

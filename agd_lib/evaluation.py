@@ -1,0 +1,371 @@
+"""Measures guidance: Frechet distance, precision, recall, class accuracy, endpoint error, NFE and seconds.
+
+A Frechet distance is an FID only in Inception's features; in any other network's it is named after that network and
+never stands beside published FIDs. All distances come from clean-fid, precision and recall from torch-fidelity.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .base_models import BaseModel, count_forwards
+from .errors import AGDError
+from .extractor import ShapesExtractor
+from .guidance import AGD, CFG, Guidance, Unguided
+from .results import Row
+from .sampling import generate
+from .storage import read_tensors, write_tensors
+
+
+class EvaluationError(AGDError):
+    """Reference data are missing, damaged, or made with another extractor than the samples' features."""
+
+
+class FeatureExtractor(Protocol):
+    """Turns images into the features that distributions are compared on.
+
+    Attributes:
+        name: stands beside every number.
+        feature_dim: D.
+    """
+
+    name: str
+    feature_dim: int
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Images (B, 3, H, W) in [0, 1] -> features (B, D) float32, and predicted class labels (B,) or None."""
+        ...
+
+
+class ShapesFeatures:
+    """The shapes data set's own extractor; see :mod:`agd_lib.extractor`.
+
+    Args:
+        folder: a saved :class:`~agd_lib.extractor.ShapesExtractor`, as in ``data/tiny-dit/extractor``.
+    """
+
+    name = "shapes-extractor"
+
+    def __init__(self, folder: str | Path, device: str | torch.device = "cpu") -> None:
+        self.model = ShapesExtractor.from_pretrained(folder).eval().to(device)
+        self.feature_dim = int(self.model.config.feature_dim)
+        self.device = device
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        output = self.model(images.to(self.device) * 2 - 1)
+        return output.features.cpu(), output.logits.argmax(dim=1).cpu()
+
+
+class InceptionFeatures:
+    """clean-fid's Inception-v3 with its ``clean`` resize: the features of the FID. Weights are fetched at first use."""
+
+    name = "inception-v3-clean"
+    feature_dim = 2048
+
+    def __init__(self, device: str | torch.device = "cpu") -> None:
+        from cleanfid.features import build_feature_extractor
+        from cleanfid.resize import build_resizer
+
+        self.device = torch.device(device)
+        self.model = build_feature_extractor("clean", self.device, use_dataparallel=False)
+        self.resize = build_resizer("clean")
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> tuple[Tensor, None]:
+        pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        resized = np.stack([self.resize(image) for image in pixels])  # (B, 299, 299, 3), 0..255
+        features = self.model(torch.from_numpy(resized).permute(0, 3, 1, 2).to(self.device))
+        return features.float().cpu(), None
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What generated images are compared with.
+
+    Attributes:
+        extractor: name of the extractor that made the features.
+        mean: (D,). covariance: (D, D). Both float64.
+        features: (N, D), for precision and recall; None where only statistics are known.
+    """
+
+    extractor: str
+    mean: np.ndarray
+    covariance: np.ndarray
+    features: Tensor | None = None
+
+
+def reference_from_features(extractor: str, features: Tensor) -> Reference:
+    """Statistics of features (N, D).
+
+    Raises:
+        ValueError: if N is not larger than D: the covariance would be singular.
+    """
+    mean, covariance = statistics(features)
+    return Reference(extractor, mean, covariance, features)
+
+
+def statistics(features: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Mean (D,) and covariance (D, D), float64, of features (N, D).
+
+    Raises:
+        ValueError: if N <= D.
+    """
+    count, size = features.shape
+    if count <= size:
+        raise ValueError(
+            f"got {count} samples for features of {size} numbers, expected more than {size}: with fewer the covariance "
+            "is singular and a Frechet distance means nothing (50,000 is usual for FID)"
+        )
+    values = features.double().numpy()
+    return values.mean(axis=0), np.cov(values, rowvar=False)
+
+
+def save_reference(path: Path, features: Tensor, extractor_name: str) -> None:
+    """Keep the features of reference images in a safetensors file."""
+    write_tensors(path, {"features": features}, metadata={"extractor": extractor_name})
+
+
+def load_reference(path: str | Path, extractor: FeatureExtractor, num_images: int | None = None) -> Reference:
+    """Load a reference.
+
+    Args:
+        path: a safetensors file of features (:func:`save_reference`), an ``.npz`` file with ``mu`` and ``sigma``
+            (statistics made by clean-fid with the same extractor), or a folder of real images.
+        num_images: use so many images of a folder.
+
+    Raises:
+        EvaluationError: if it is missing, empty, malformed, or of another feature size.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _reference_from_images(path, extractor, num_images)
+    if path.suffix == ".npz" and path.is_file():
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                mean, covariance = np.asarray(file["mu"], np.float64), np.asarray(file["sigma"], np.float64)
+        except Exception as error:  # numpy raises many kinds for damaged archives
+            raise EvaluationError(f"{path} is damaged or has no 'mu' and 'sigma': {error}") from error
+        reference = Reference(extractor.name, mean, covariance)
+    else:
+        features = read_tensors(path, EvaluationError, "reference")
+        if set(features) != {"features"} or features["features"].ndim != 2:
+            raise EvaluationError(f"{path} holds {sorted(features)}, expected one tensor 'features' of shape (N, D)")
+        reference = reference_from_features(extractor.name, features["features"].float())
+    if reference.mean.shape != (extractor.feature_dim,) or reference.covariance.shape != (extractor.feature_dim,) * 2:
+        raise EvaluationError(
+            f"{path} has statistics of shapes {reference.mean.shape} and {reference.covariance.shape}, but "
+            f"{extractor.name} makes {extractor.feature_dim} features: they are from another extractor"
+        )
+    return reference
+
+
+def _reference_from_images(folder: Path, extractor: FeatureExtractor, num_images: int | None) -> Reference:
+    from PIL import Image
+
+    suffixes = {".png", ".jpg", ".jpeg", ".webp"}
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in suffixes)[:num_images]
+    if not paths:
+        raise EvaluationError(f"{folder} holds no images ({', '.join(sorted(suffixes))}); expected a folder of real images")
+    features = []
+    for path in tqdm(paths, desc="reference"):
+        pixels = np.asarray(Image.open(path).convert("RGB"), dtype=np.float32) / 255
+        features.append(extractor(torch.from_numpy(pixels).permute(2, 0, 1)[None])[0])
+    return reference_from_features(extractor.name, torch.cat(features))
+
+
+def frechet_distance(
+    mean: np.ndarray, covariance: np.ndarray, reference_mean: np.ndarray, reference_covariance: np.ndarray
+) -> float:
+    """Squared Frechet distance between two Gaussians: ``|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))`` (clean-fid's)."""
+    from cleanfid.fid import frechet_distance as distance
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # clean-fid calls scipy's sqrtm(disp=...)
+        return float(distance(mean, covariance, reference_mean, reference_covariance))
+
+
+def precision_recall(features: Tensor, reference_features: Tensor, neighbours: int = 3) -> tuple[float, float]:
+    """Improved precision and recall (Kynkäänniemi et al., NeurIPS 2019), by torch-fidelity.
+
+    Args:
+        features: generated, (N, D). reference_features: real, (M, D). neighbours: k of the k-nearest-neighbour balls.
+    """
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    metrics = prc_features_to_metric(
+        features, reference_features, prc_neighborhood=neighbours, prc_batch_size=10_000, save_cpu_ram=True, verbose=False
+    )
+    return metrics["precision"], metrics["recall"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A row of results, and the final latents (n, C, H, W) that it was measured on."""
+
+    row: Row
+    latents: Tensor
+
+
+def evaluate(
+    base: BaseModel,
+    guidance: Guidance,
+    reference: Reference,
+    extractor: FeatureExtractor,
+    n: int,
+    seed: int = 0,
+    num_inference_steps: int = 20,
+    batch_size: int = 250,
+    unguided_latents: Tensor | None = None,
+    cfg_latents: Tensor | None = None,
+    max_reference: int = 5_000,
+    progress: bool = True,
+) -> Evaluation:
+    """Sample ``n`` images, conditions in turn, and measure them. Images are not kept in memory, features are.
+
+    Args:
+        reference: made with the same extractor.
+        n: more than ``extractor.feature_dim``.
+        unguided_latents, cfg_latents: final latents of those guidances from the same seed; with both, the row has an
+            endpoint error ratio.
+        max_reference: reference images used for precision and recall (their cost grows with n times this).
+
+    Raises:
+        ValueError: if n is too small. EvaluationError: if reference and extractor do not match.
+    """
+    if reference.extractor != extractor.name:
+        raise EvaluationError(
+            f"the reference was made with {reference.extractor}, the samples would be measured with {extractor.name}"
+        )
+    if n <= extractor.feature_dim:
+        raise ValueError(f"got n = {n}, expected more than {extractor.feature_dim} samples for {extractor.name}'s features")
+    conditions = [base.all_conditions()[i % len(base.all_conditions())] for i in range(n)]
+    kind, adapter, scale, adapter_parameters = describe(guidance)
+    label = f"{kind} {scale:g}" if adapter is None else f"{kind} {adapter} {scale:g}"
+    latents, features, predicted = [], [], []
+    seconds = 0.0
+    with count_forwards(base) as meter:
+        batches = generate(base, conditions, guidance, num_inference_steps, seed, batch_size)
+        with tqdm(total=n, desc=label, disable=not progress) as bar:
+            while True:
+                start = time.perf_counter()
+                batch = next(batches, None)
+                _synchronize(base)
+                if batch is None:
+                    break
+                seconds += time.perf_counter() - start
+                batch_features, batch_predicted = extractor(base.decode(batch))
+                latents.append(batch.float().cpu())
+                features.append(batch_features)
+                if batch_predicted is not None:
+                    predicted.append(batch_predicted)
+                bar.update(len(batch))
+    final, all_features = torch.cat(latents), torch.cat(features)
+    precision = recall = accuracy = ratio = None
+    if reference.features is not None:
+        precision, recall = precision_recall(all_features, reference.features[:max_reference])
+    if predicted:
+        accuracy = (torch.cat(predicted) == torch.tensor(conditions)).double().mean().item()
+    if unguided_latents is not None and cfg_latents is not None:
+        ratio = endpoint_mse_ratio(final, unguided_latents, cfg_latents)
+    row = Row(
+        base=base.name,
+        guidance=kind,
+        adapter=adapter,
+        scale=scale,
+        steps=num_inference_steps,
+        nfe=meter.nfe(n),
+        n=n,
+        seed=seed,
+        fd=frechet_distance(*statistics(all_features), reference.mean, reference.covariance),
+        extractor=extractor.name,
+        precision=precision,
+        recall=recall,
+        condition_accuracy=accuracy,
+        endpoint_mse_ratio=ratio,
+        seconds_per_image=seconds / n,
+        base_parameters=base.num_parameters(),
+        adapter_parameters=adapter_parameters,
+    )
+    return Evaluation(row, final)
+
+
+def endpoint_mse_ratio(latents: Tensor, unguided_latents: Tensor, cfg_latents: Tensor) -> float:
+    """MSE(latents, CFG) / MSE(unguided, CFG): 0 is CFG itself, 1 no better than no guidance.
+
+    Args:
+        latents, unguided_latents, cfg_latents: final latents (n, C, H, W) from the same noise and conditions.
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+    if not latents.shape == unguided_latents.shape == cfg_latents.shape:
+        raise ValueError(
+            f"got latents of shapes {tuple(latents.shape)}, {tuple(unguided_latents.shape)}, {tuple(cfg_latents.shape)}, "
+            "expected three alike, from the same noise"
+        )
+    error = (latents - cfg_latents).square().mean()
+    return float(error / (unguided_latents - cfg_latents).square().mean())
+
+
+def describe(guidance: Guidance) -> tuple[str, str | None, float, int | None]:
+    """``(kind, adapter kind, scale, adapter parameters)`` of a guidance with one constant scale, for a row of results."""
+    if isinstance(guidance, Unguided):
+        return "unguided", None, 1.0, None
+    if isinstance(guidance, CFG | AGD) and isinstance(guidance.scale, int | float):
+        if isinstance(guidance, CFG):
+            return "cfg", None, float(guidance.scale), None
+        return "agd", guidance.adapters.config.kind, float(guidance.scale), guidance.adapters.num_parameters()
+    raise ValueError(f"got {guidance!r}, expected Unguided(), or CFG or AGD with one number as scale")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per image of one guidance: median, minimum and maximum over rounds."""
+
+    median: float
+    minimum: float
+    maximum: float
+
+
+def time_side_by_side(
+    base: BaseModel,
+    guidances: dict[str, Guidance],
+    batch_size: int = 8,
+    num_inference_steps: int = 10,
+    rounds: int = 5,
+) -> dict[str, Timing]:
+    """Time several guidances in turn, round by round, so that a change of the machine's speed hits all alike."""
+    conditions = [base.all_conditions()[i % len(base.all_conditions())] for i in range(batch_size)]
+    seconds: dict[str, list[float]] = {name: [] for name in guidances}
+    for round_number in range(rounds + 1):
+        for name, guidance in guidances.items():
+            start = time.perf_counter()
+            list(generate(base, conditions, guidance, num_inference_steps, batch_size=batch_size))
+            _synchronize(base)
+            if round_number > 0:  # the first round warms up
+                seconds[name].append((time.perf_counter() - start) / batch_size)
+    return {name: Timing(float(np.median(values)), min(values), max(values)) for name, values in seconds.items()}
+
+
+def _synchronize(base: BaseModel) -> None:
+    if base.device.type == "cuda":
+        torch.cuda.synchronize(base.device)
+
+
+def default_extractor(base: BaseModel, data: Path) -> tuple[FeatureExtractor, Path | None]:
+    """The extractor for a base model and its shipped reference: the small one for ``tiny-`` models, else Inception."""
+    folder = data / base.name
+    if (folder / "extractor").is_dir():
+        return ShapesFeatures(folder / "extractor", base.device), folder / "reference.safetensors"
+    return InceptionFeatures(base.device), None

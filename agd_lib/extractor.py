@@ -1,0 +1,75 @@
+"""A small feature extractor for 32 x 32 shape images: what Inception is for photographs.
+
+It is trained to read everything that varies in a scene, not the class alone: the features must notice a generator
+that has lost colours, sizes or places as well as one that draws the wrong shape.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+
+from .shapes import IMAGE_SIZE, SHAPES
+
+
+class ExtractorOutput(NamedTuple):
+    """What :class:`ShapesExtractor` says of a batch of B images."""
+
+    features: Tensor
+    """(B, feature_dim): the features that the Frechet distance, precision and recall are computed on."""
+    logits: Tensor
+    """(B, num_classes): class scores."""
+    attributes: Tensor
+    """(B, 9): shape colour (RGB in [-1, 1]), mean background colour (same), x, y and radius (shares of the side)."""
+
+
+class ShapesExtractor(ModelMixin, ConfigMixin):
+    """A convolutional network with one feature vector and two heads (class, attributes).
+
+    Args:
+        num_classes: number of shape classes.
+        feature_dim: length of the feature vector.
+        width: channels of the first stage; doubled twice.
+    """
+
+    @register_to_config
+    def __init__(self, num_classes: int = len(SHAPES), feature_dim: int = 64, width: int = 32) -> None:
+        super().__init__()
+        channels = [3, width, width, 2 * width, 2 * width, 4 * width, 4 * width]
+        strides = [1, 2, 1, 2, 1, 2]
+        self.stages = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(channels[i], channels[i + 1], 3, stride=strides[i], padding=1, bias=False),
+                nn.GroupNorm(8, channels[i + 1]),
+                nn.SiLU(),
+            )
+            for i in range(len(strides))
+        )
+        self.to_features = nn.Linear(channels[-1] * (IMAGE_SIZE // 8) ** 2, feature_dim)
+        self.norm = nn.LayerNorm(feature_dim)
+        self.class_head = nn.Linear(feature_dim, num_classes)
+        self.attribute_head = nn.Linear(feature_dim, 9)
+
+    def forward(self, images: Tensor) -> ExtractorOutput:
+        """
+        Args:
+            images: (B, 3, 32, 32), float in [-1, 1] or uint8 in 0..255.
+        """
+        if images.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
+            raise ValueError(
+                f"got images of shape {tuple(images.shape)}, expected (batch, 3, {IMAGE_SIZE}, {IMAGE_SIZE}): "
+                "this extractor knows the shapes data set alone"
+            )
+        x = images
+        if x.dtype == torch.uint8:
+            x = x.float() / 127.5 - 1
+        for stage in self.stages:
+            x = stage(x)
+        features = self.norm(self.to_features(x.flatten(1)))
+        hidden = F.silu(features)
+        return ExtractorOutput(features, self.class_head(hidden), self.attribute_head(hidden))

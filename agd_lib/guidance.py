@@ -1,0 +1,151 @@
+"""Guidance as an argument of sampling: the arithmetic of CFG, scales and schedules of scales, and three kinds of guidance.
+
+    Unguided()              one forward pass a step
+    CFG(4.0)                two forward passes a step
+    AGD(adapters, 4.0)      one forward pass a step
+
+A *scale* is a number, a tensor with one value per sample, or a schedule over timesteps such as
+:class:`GuidanceInterval`. The convention is diffusers': scale 1 is the conditional model, scale 0 the unconditional one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .attach import AdapterSet
+    from .base_models import BaseModel, Condition
+
+Scale: TypeAlias = "float | Tensor | Callable[[int], float]"
+"""A number, a tensor (B,), or a function of the timestep (an int in 0..num_train_timesteps - 1)."""
+
+
+def cfg_combine(unconditional: Tensor, conditional: Tensor, scale: Tensor) -> Tensor:
+    """Classifier-free guidance: ``uncond + w * (cond - uncond)`` (the paper's eq. for the guided prediction).
+
+    Args:
+        unconditional, conditional: (B, C, H, W), the model's two predictions, in any one prediction type.
+        scale: w, one value per sample (B,), or a scalar tensor.
+    """
+    if scale.ndim == 1:
+        scale = scale.view(-1, *([1] * (conditional.ndim - 1)))
+    return unconditional + scale * (conditional - unconditional)
+
+
+def scale_at(scale: Scale, timestep: int, batch_size: int, like: Tensor) -> Tensor:
+    """The scale of every sample at a timestep, as a tensor (B,) on the device and in the dtype of ``like``.
+
+    Raises:
+        ValueError: if a scale is negative, NaN or infinite, or a per-sample tensor has another length than the batch.
+    """
+    value = scale(timestep) if callable(scale) else scale
+    tensor = torch.as_tensor(value, device=like.device, dtype=like.dtype)
+    if tensor.ndim == 0:
+        tensor = tensor.expand(batch_size)
+    if tensor.shape != (batch_size,):
+        raise ValueError(
+            f"got a guidance scale of shape {tuple(tensor.shape)} for {batch_size} samples, expected one number or "
+            f"a tensor of shape ({batch_size},)"
+        )
+    if not bool(torch.isfinite(tensor).all()) or bool((tensor < 0).any()):
+        raise ValueError(
+            f"got guidance scale {value}, expected finite numbers >= 0 (1 is the conditional model, usual values are "
+            "1 to 12)"
+        )
+    return tensor
+
+
+@dataclass(frozen=True)
+class GuidanceInterval:
+    """A schedule: ``scale`` at timesteps in [low, high], 1 (no guidance) outside (arXiv 2404.07724).
+
+    Timesteps count from 0 (clean image) to ``num_train_timesteps - 1`` (pure noise).
+
+    Raises:
+        ValueError: if ``low > high`` or the scale is not a finite number >= 0.
+    """
+
+    scale: float
+    low: int
+    high: int
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.scale) and self.scale >= 0):
+            raise ValueError(f"got guidance scale {self.scale}, expected a finite number >= 0")
+        if self.low > self.high:
+            raise ValueError(f"got the interval [{self.low}, {self.high}], expected low <= high (in timesteps)")
+
+    def __call__(self, timestep: int) -> float:
+        return self.scale if self.low <= timestep <= self.high else 1.0
+
+
+class Guidance(Protocol):
+    """What :func:`agd_lib.sampling.sample` asks of a kind of guidance."""
+
+    def predict(self, base: BaseModel, latents: Tensor, timestep: int, condition: Condition) -> Tensor:
+        """The guided prediction (B, C, H, W), in the base model's own prediction type."""
+        ...
+
+
+@dataclass(frozen=True)
+class Unguided:
+    """The conditional model alone: one forward pass a step."""
+
+    def predict(self, base: BaseModel, latents: Tensor, timestep: int, condition: Condition) -> Tensor:
+        return base.denoise(latents, timestep, condition)
+
+
+@dataclass(frozen=True)
+class CFG:
+    """Classifier-free guidance: conditional and unconditional predictions, batched into one call of twice the size.
+
+    Where the scale is 1 for every sample (outside a guidance interval) the unconditional pass is left out.
+
+    Attributes:
+        scale: see :data:`Scale`.
+        guided_channels: guide only the first so many latent channels. ``None``: all of them, as diffusers does; the
+            original DiT code guides 3 of 4, which is a weaker guidance at the same scale.
+    """
+
+    scale: Scale
+    guided_channels: int | None = None
+
+    def predict(self, base: BaseModel, latents: Tensor, timestep: int, condition: Condition) -> Tensor:
+        scale = scale_at(self.scale, timestep, len(latents), latents)
+        if bool((scale == 1).all()):
+            return base.denoise(latents, timestep, condition)
+        conditional, unconditional = self.both(base, latents, timestep, condition)
+        return self.combine(unconditional, conditional, scale)
+
+    def both(self, base: BaseModel, latents: Tensor, timestep: int, condition: Condition) -> tuple[Tensor, Tensor]:
+        """``(conditional, unconditional)`` predictions, each (B, C, H, W), from one batched call."""
+        null = base.null_condition(len(latents))
+        doubled = {name: torch.cat([value, null[name]]) for name, value in condition.items()}
+        conditional, unconditional = base.denoise(torch.cat([latents, latents]), timestep, doubled).chunk(2)
+        return conditional, unconditional
+
+    def combine(self, unconditional: Tensor, conditional: Tensor, scale: Tensor) -> Tensor:
+        """:func:`cfg_combine` on the guided channels; the others keep the conditional prediction."""
+        guided = cfg_combine(unconditional, conditional, scale)
+        if self.guided_channels is None:
+            return guided
+        return torch.cat([guided[:, : self.guided_channels], conditional[:, self.guided_channels :]], dim=1)
+
+
+@dataclass(frozen=True)
+class AGD:
+    """Adapter guidance: one conditional pass through the base with the adapters told the scale (the paper's method)."""
+
+    adapters: AdapterSet
+    scale: Scale
+
+    def predict(self, base: BaseModel, latents: Tensor, timestep: int, condition: Condition) -> Tensor:
+        scale = scale_at(self.scale, timestep, len(latents), latents)
+        with self.adapters.guided_by(scale):
+            return base.denoise(latents, timestep, condition)

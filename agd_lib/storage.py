@@ -1,0 +1,128 @@
+"""Crash-safe files: a file or folder is there whole under its name, or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .errors import AGDError, WriteError
+
+PICKLE_SUFFIXES = {".pt", ".pth", ".pkl", ".ckpt", ".bin", ".pickle"}
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """Give a temporary name beside ``path``; on success flush it to disk and rename it to ``path``.
+
+    Works for a file and for a folder (make the folder inside the block; an older folder is replaced).
+
+    Raises:
+        WriteError: if the system refuses a write (disk full, no permission); the temporary file is removed.
+    """
+    temporary = path.with_name(f".{path.name}.partial")
+    _remove(temporary)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        if temporary.is_dir():
+            for item in temporary.rglob("*"):
+                _sync(item)
+            if path.exists():
+                _remove(path)
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except (OSError, SafetensorError) as error:
+        _remove(temporary)
+        free = shutil.disk_usage(next(p for p in [path.parent, *path.parents] if p.exists())).free
+        raise WriteError(
+            f"could not write {path}: {error} ({free / 2**20:.0f} MiB free there). Nothing half-written was left; "
+            "make room or choose another folder, then run the same command again: it resumes."
+        ) from error
+    except BaseException:
+        _remove(temporary)
+        raise
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON, whole or not at all. NaN and infinity are refused (they are not JSON)."""
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    with writing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def read_json(path: Path, error: type[AGDError], what: str) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Args:
+        error: exception class to raise. what: name of the file in the message, such as ``"adapter config"``.
+    """
+    if not path.is_file():
+        raise error(f"no {what} at {path}: the file does not exist")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as cause:
+        raise error(f"the {what} {path} is not valid JSON ({cause}); restore it or make it again") from cause
+    if not isinstance(value, dict):
+        raise error(f"the {what} {path} holds a {type(value).__name__}, expected a JSON object")
+    return value
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors as safetensors, whole or not at all."""
+    with writing(path) as temporary:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata=dict(metadata or {}))
+
+
+def read_tensors(path: Path, error: type[AGDError], what: str) -> dict[str, Tensor]:
+    """Read a safetensors file; the tensors are memory-mapped.
+
+    Raises:
+        error: if the file is missing, a pickle, truncated or malformed.
+    """
+    path = Path(path)
+    if path.suffix in PICKLE_SUFFIXES:
+        raise error(
+            f"{path} is a pickled file and pickles can run any code: this library loads safetensors only. "
+            "An adapter checkpoint of the paper's authors is converted by agd_lib.convert.convert_authors_checkpoint"
+        )
+    if not path.is_file():
+        raise error(f"no {what} at {path}: the file does not exist")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError, ValueError) as cause:
+        raise error(f"the {what} {path} is damaged ({cause}): it was truncated or edited; make it again") from cause
+
+
+def sha256(path: Path) -> str:
+    """Checksum of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+

@@ -1,0 +1,312 @@
+"""Trains the small models that ``data/`` ships: ``python -m agd_lib.tiny dit --output data/tiny-dit``.
+
+A true small analogue of DiT-XL/2: an ``AutoencoderKL`` of its own, a ``DiTTransformer2DModel`` on its latents with
+label dropout and a null class, and a ``DDIMScheduler``, saved as a diffusers ``DiTPipeline`` folder. Each stage is
+written whole or not at all, and a stage that is already there is not repeated, so an interrupted build resumes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .extractor import ShapesExtractor
+from .shapes import IMAGE_SIZE, SHAPES, draw_scene, make_images
+
+TRAIN_SEED, HELD_OUT_SEED = 1, 2
+"""Seeds of the training and of the held-out images."""
+
+
+def scene_attributes(seed: int, count: int) -> Tensor:
+    """The nine attributes that the extractor learns, (count, 9); see ``ExtractorOutput.attributes``."""
+    rows = []
+    for index in range(count):
+        scene = draw_scene(seed, index)
+        background = np.mean(scene.background_rgb, axis=0)
+        rows.append(
+            [
+                *(np.asarray(scene.foreground_rgb) / 127.5 - 1),
+                *(background / 127.5 - 1),
+                *(2 * v / IMAGE_SIZE - 1 for v in (scene.x, scene.y)),
+                scene.radius / IMAGE_SIZE,
+            ]
+        )
+    return torch.tensor(rows, dtype=torch.float32)
+
+
+def _to_float(images: Tensor) -> Tensor:
+    return images.float() / 127.5 - 1
+
+
+def _batches(count: int, batch_size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """``steps`` batches of indices: shuffled epochs, one after another."""
+    order = torch.empty(0, dtype=torch.int64)
+    for _ in range(steps):
+        if len(order) < batch_size:
+            order = torch.cat([order, torch.randperm(count, generator=generator)])
+        batch, order = order[:batch_size], order[batch_size:]
+        yield batch
+
+
+def _one_cycle(optimizer: torch.optim.Optimizer, learning_rate: float, steps: int) -> torch.optim.lr_scheduler.OneCycleLR:
+    return torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, learning_rate, total_steps=steps + 1, pct_start=0.05, cycle_momentum=False
+    )
+
+
+def train_extractor(images: Tensor, labels: Tensor, attributes: Tensor, steps: int, batch_size: int = 128, seed: int = 0) -> ShapesExtractor:
+    """Train the feature extractor on class and attributes.
+
+    Args:
+        images: (N, 3, 32, 32) uint8. labels: (N,) int64. attributes: (N, 9) float.
+    """
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    model = ShapesExtractor().train()
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
+    schedule = _one_cycle(optimizer, 2e-3, steps)
+    progress = tqdm(_batches(len(images), batch_size, steps, generator), total=steps, desc="extractor", mininterval=10)
+    for batch in progress:
+        output = model(images[batch])
+        loss = F.cross_entropy(output.logits, labels[batch]) + 4 * F.mse_loss(output.attributes, attributes[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        progress.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+    return model.eval()
+
+
+@torch.no_grad()
+def extractor_accuracy(model: ShapesExtractor, images: Tensor, labels: Tensor) -> float:
+    """Share of images whose class the extractor reads rightly."""
+    predictions = torch.cat([model(chunk).logits.argmax(1) for chunk in images.split(500)])
+    return (predictions == labels).float().mean().item()
+
+
+def new_vae() -> AutoencoderKL:
+    """The untrained autoencoder: 3 x 32 x 32 -> 4 x 8 x 8, 0.8 M parameters."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(24, 48, 64),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=IMAGE_SIZE,
+        mid_block_add_attention=False,
+    )
+
+
+def train_vae(images: Tensor, steps: int, batch_size: int = 48, seed: int = 0, kl_weight: float = 1e-4) -> AutoencoderKL:
+    """Train the autoencoder: squared error plus a light Kullback-Leibler term; the latents' scale is then measured.
+
+    Args:
+        images: (N, 3, 32, 32) uint8.
+        kl_weight: weight of the KL divergence per latent value against the squared error per pixel value.
+    """
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    vae = new_vae().train().to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(vae.parameters(), weight_decay=0.0)
+    schedule = _one_cycle(optimizer, 2e-3, steps)
+    progress = tqdm(_batches(len(images), batch_size, steps, generator), total=steps, desc="autoencoder", mininterval=10)
+    for batch in progress:
+        x = _to_float(images[batch]).to(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            posterior = vae.encode(x).latent_dist
+            reconstruction = vae.decode(posterior.sample(generator)).sample
+        mse = F.mse_loss(reconstruction.float(), x)
+        loss = mse + kl_weight * posterior.kl().float().mean() / posterior.mean[0].numel()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        progress.set_postfix(psnr=f"{10 * np.log10(4 / mse.item()):.1f} dB", refresh=False)
+    vae = vae.eval().to(memory_format=torch.contiguous_format)
+    mean, std = encode_all(vae, images[:4000])
+    vae.register_to_config(scaling_factor=float(1 / (mean + std * torch.randn(std.shape, generator=generator)).std()))
+    return vae
+
+
+@torch.no_grad()
+def encode_all(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Posterior means and standard deviations of all images, each (N, 4, 8, 8), unscaled."""
+    posteriors = [vae.encode(_to_float(chunk)).latent_dist for chunk in tqdm(images.split(500), desc="encode", mininterval=10)]
+    return torch.cat([p.mean for p in posteriors]), torch.cat([p.std for p in posteriors])
+
+
+def new_dit() -> DiTTransformer2DModel:
+    """The untrained denoiser: width 160, depth 6, patch 2, classes 0-19 and the null class 20.
+
+    As in DiT, every adaptive layer norm starts at zero (adaLN-Zero), and one timestep-and-label embedder serves all
+    blocks (diffusers gives each block a copy of it; here the copies are one module while training).
+    """
+    dit = DiTTransformer2DModel(
+        num_attention_heads=5,
+        attention_head_dim=32,
+        in_channels=4,
+        out_channels=4,
+        num_layers=6,
+        sample_size=IMAGE_SIZE // 4,
+        patch_size=2,
+        num_embeds_ada_norm=len(SHAPES),
+    )
+    shared = dit.transformer_blocks[0].norm1.emb
+    nn.init.normal_(shared.class_embedder.embedding_table.weight, std=0.5)
+    for block in dit.transformer_blocks:
+        block.norm1.emb = shared
+        nn.init.zeros_(block.norm1.linear.weight)
+        nn.init.zeros_(block.norm1.linear.bias)
+    for layer in (dit.proj_out_1, dit.proj_out_2):
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    return dit
+
+
+def new_scheduler() -> DDIMScheduler:
+    """DiT-XL/2's noise schedule: 1,000 timesteps, linear betas, epsilon prediction."""
+    return DDIMScheduler(num_train_timesteps=1000, beta_schedule="linear", clip_sample=False, timestep_spacing="leading")
+
+
+def train_dit(
+    mean: Tensor,
+    std: Tensor,
+    labels: Tensor,
+    scaling_factor: float,
+    steps: int,
+    batch_size: int = 192,
+    learning_rate: float = 2e-3,
+    label_dropout: float = 0.1,
+    ema_decay: float = 0.999,
+    seed: int = 0,
+    snapshots: Path | None = None,
+    snapshot_every: int = 1000,
+) -> DiTTransformer2DModel:
+    """Train the denoiser on latents; returns the exponential moving average of its weights.
+
+    The loss is the epsilon error weighted by min(SNR, 5) / SNR (min-SNR weighting, arXiv 2303.09556), and a tenth of
+    the labels is replaced by the null class, once for all blocks.
+
+    Args:
+        mean, std: (N, 4, 8, 8), the autoencoder's posteriors; a latent is drawn anew at every use.
+        labels: (N,) int64.
+    """
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    scheduler = new_scheduler()
+    alphas_cumprod = scheduler.alphas_cumprod
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    weights = snr.clamp(max=5.0) / snr
+    dit = new_dit().train()
+    for block in dit.transformer_blocks:
+        block.norm1.emb.eval()  # diffusers would drop labels here, independently in every block
+    ema = copy.deepcopy(dit).eval()
+    null_label = dit.config.num_embeds_ada_norm
+    optimizer = torch.optim.AdamW(dit.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
+    schedule = _one_cycle(optimizer, learning_rate, steps)
+    progress = tqdm(_batches(len(mean), batch_size, steps, generator), total=steps, desc="denoiser", mininterval=10)
+    for step, batch in enumerate(progress, start=1):
+        posterior_noise, noise = (torch.randn(mean[batch].shape, generator=generator) for _ in range(2))
+        latents = (mean[batch] + std[batch] * posterior_noise) * scaling_factor
+        timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(batch),), generator=generator)
+        dropped = torch.rand(len(batch), generator=generator) < label_dropout
+        noisy = scheduler.add_noise(latents, noise, timesteps)  # type: ignore[arg-type]
+        prediction = dit(noisy, timesteps, torch.where(dropped, null_label, labels[batch])).sample
+        errors = (prediction - noise).square().mean(dim=(1, 2, 3))
+        loss = (weights[timesteps] * errors).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(dit.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        with torch.no_grad():
+            decay = min(ema_decay, (1 + step) / (10 + step))
+            torch._foreach_lerp_(list(ema.parameters()), list(dit.parameters()), 1 - decay)
+        progress.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+        if snapshots is not None and step % snapshot_every == 0 and step < steps:
+            _untied(ema).save_pretrained(snapshots / f"step-{step:06d}")
+    return _untied(ema)
+
+
+def _untied(dit: DiTTransformer2DModel) -> DiTTransformer2DModel:
+    """A copy with an embedder in every block, as diffusers builds and loads it."""
+    dit = copy.deepcopy(dit)
+    for block in dit.transformer_blocks:
+        block.norm1.emb = copy.deepcopy(block.norm1.emb)
+    return dit
+
+
+def _publish(model, folder: Path) -> None:
+    """Save under a temporary name, then rename: the folder is whole or absent."""
+    temporary = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    temporary.rename(folder)
+
+
+def build_tiny_dit(
+    output: Path,
+    num_images: int = 60_000,
+    extractor_steps: int = 3_000,
+    vae_steps: int = 2_400,
+    dit_steps: int = 8_000,
+    snapshots: Path | None = None,
+) -> None:
+    """Train autoencoder, denoiser and extractor, and save them as ``output`` (a ``DiTPipeline`` folder)."""
+    output.mkdir(parents=True, exist_ok=True)
+    images, labels = make_images(TRAIN_SEED, num_images)
+    if not (output / "vae").exists():
+        _publish(train_vae(images, vae_steps), output / "vae")
+    if not (output / "transformer").exists():
+        vae = AutoencoderKL.from_pretrained(output / "vae")
+        mean, std = encode_all(vae, images)
+        dit = train_dit(mean, std, labels, vae.config.scaling_factor, dit_steps, snapshots=snapshots)
+        _publish(dit, output / "transformer")
+    if not (output / "extractor").exists():
+        extractor = train_extractor(images, labels, scene_attributes(TRAIN_SEED, num_images), extractor_steps)
+        held_out = make_images(HELD_OUT_SEED, 5_000)
+        print(f"extractor: held-out accuracy {extractor_accuracy(extractor, *held_out):.4f}", flush=True)
+        _publish(extractor, output / "extractor")
+    pipeline = DiTPipeline(
+        transformer=DiTTransformer2DModel.from_pretrained(output / "transformer"),
+        vae=AutoencoderKL.from_pretrained(output / "vae"),
+        scheduler=new_scheduler(),
+        id2label={label: name for label, name in enumerate(SHAPES)},
+    )
+    pipeline.save_pretrained(output)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", choices=["dit"])
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--num-images", type=int, default=60_000)
+    parser.add_argument("--extractor-steps", type=int, default=3_000)
+    parser.add_argument("--vae-steps", type=int, default=2_400)
+    parser.add_argument("--dit-steps", type=int, default=8_000)
+    parser.add_argument("--snapshots", type=Path, default=None, help="folder for the denoiser every 1,000 steps")
+    arguments = parser.parse_args()
+    build_tiny_dit(
+        arguments.output,
+        arguments.num_images,
+        arguments.extractor_steps,
+        arguments.vae_steps,
+        arguments.dit_steps,
+        arguments.snapshots,
+    )
+
+
+if __name__ == "__main__":
+    main()

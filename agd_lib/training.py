@@ -1,0 +1,272 @@
+"""Algorithm 2: train adapters on recorded trajectories, as a generator over steps.
+
+    for state in train(base, adapters, store, num_steps=1000):
+        ...                                   # watch state.loss; stop when you like
+
+The recorded targets are all that is left of the teacher: a step is one forward and one backward pass at the cost of
+the conditional model. With ``accelerate launch`` every process takes its share of each batch.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from .attach import AdapterSet
+from .base_models import BaseModel, Condition
+from .errors import CheckpointError, StoreError
+from .storage import read_json, read_tensors, sha256, write_json, write_tensors, writing
+from .trajectories import TrajectoryStore
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """The paper's settings for DiT-XL/2 are the defaults.
+
+    Attributes:
+        num_steps: gradient steps.
+        batch_size: recorded states per step, over all processes.
+        learning_rate: peak, reached after ``warmup`` (a share of the steps) linearly, then cosine annealing to zero.
+        weighting: ``"none"`` is the paper's plain squared error; ``"timestep"`` divides each state's error by the mean
+            square of what guidance adds at its noise level (see :func:`timestep_weights`).
+        seed: of the order in which states are drawn.
+    """
+
+    num_steps: int = 5_000
+    batch_size: int = 64
+    learning_rate: float = 1e-4
+    warmup: float = 0.1
+    weighting: str = "none"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 1 or self.batch_size < 1:
+            raise ValueError(f"got {self.num_steps} steps of batch {self.batch_size}, expected at least 1 of each")
+        if not (0 < self.learning_rate < math.inf) or not 0 <= self.warmup <= 1:
+            raise ValueError(
+                f"got learning rate {self.learning_rate} and warm-up {self.warmup}, expected a positive rate and a "
+                "share of the steps from 0 to 1"
+            )
+        if self.weighting not in ("none", "timestep"):
+            raise ValueError(f"got weighting {self.weighting!r}, expected 'none' (the paper) or 'timestep'")
+
+    def learning_rate_at(self, step: int) -> float:
+        """Learning rate of step ``step`` (the first is 0)."""
+        warmup_steps = round(self.warmup * self.num_steps)
+        if step < warmup_steps:
+            return self.learning_rate * (step + 1) / warmup_steps
+        progress = (step - warmup_steps) / max(1, self.num_steps - warmup_steps)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """One training step, as the generator yields it.
+
+    Attributes:
+        step: steps done, from 1.
+        loss: weighted mean squared error of the batch (this process's share).
+        learning_rate: that the step used.
+        timestep: (B,) of the batch. squared_error: (B,) unweighted, for curves over noise level.
+    """
+
+    step: int
+    loss: float
+    learning_rate: float
+    timestep: Tensor
+    squared_error: Tensor
+
+
+class Student(nn.Module):
+    """The frozen base with its adapters, as one module whose only trainable parameters are the adapters'."""
+
+    def __init__(self, base: BaseModel, adapters: AdapterSet) -> None:
+        super().__init__()
+        self.base = base
+        self.denoiser = base.denoiser
+        self.adapters = adapters.attach(base)
+
+    def forward(self, latents: Tensor, timestep: Tensor, condition: Condition, guidance_scale: Tensor) -> Tensor:
+        """The single-pass prediction (B, C, H, W) in float32."""
+        with self.adapters.guided_by(guidance_scale):
+            return self.base.denoise(latents.to(self.base.dtype), timestep, condition).float()
+
+
+def timestep_weights(store: TrajectoryStore, num_bins: int = 20) -> Tensor:
+    """Weights that make every noise level count alike: 1 / E[signal | t], with mean 1 over the store.
+
+    The plain squared error is dominated by low noise, where guidance changes the prediction most in absolute terms,
+    while the composition is decided at high noise.
+
+    Returns:
+        (num_train_timesteps,) float32, constant over ``num_bins`` equal ranges of timesteps.
+    """
+    total = int(store.manifest["num_train_timesteps"])
+    timesteps, signal = store.column("timestep"), store.column("signal").double()
+    bins = timesteps * num_bins // total
+    sums = torch.zeros(num_bins, dtype=torch.float64).index_add(0, bins, signal)
+    counts = torch.zeros(num_bins, dtype=torch.float64).index_add(0, bins, torch.ones_like(signal))
+    mean = torch.where(counts > 0, sums / counts.clamp(min=1), signal.mean())
+    weights = 1 / mean.clamp(min=1e-3 * float(signal.mean()))
+    weights = weights / weights[bins].mean()
+    return weights[torch.arange(total) * num_bins // total].float()
+
+
+def batch_indices(num_states: int, batch_size: int, step: int, seed: int) -> Tensor:
+    """Which recorded states step ``step`` reads: consecutive pieces of one endless sequence of shuffled epochs.
+
+    A function of its arguments alone, so a resumed run reads what an uninterrupted one would have read.
+
+    Returns:
+        (batch_size,) int64; a store smaller than a batch is read more than once in it.
+    """
+    pieces, position, wanted = [], step * batch_size, batch_size
+    while wanted > 0:
+        epoch, offset = divmod(position, num_states)
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+        piece = torch.randperm(num_states, generator=generator)[offset : offset + wanted]
+        pieces.append(piece)
+        position, wanted = position + len(piece), wanted - len(piece)
+    return torch.cat(pieces)
+
+
+def train(
+    base: BaseModel,
+    adapters: AdapterSet,
+    store: TrajectoryStore,
+    settings: TrainingSettings | None = None,
+    checkpoints: str | Path | None = None,
+    checkpoint_every: int = 500,
+    accelerator: Accelerator | None = None,
+) -> Iterator[TrainingState]:
+    """Algorithm 2: draw recorded states at random, take a step on the mean squared error to the guided prediction.
+
+    Adam without weight decay; only the adapters are trained. The adapters are attached to ``base`` and stay attached.
+
+    Args:
+        adapters: trained in place.
+        store: complete, and collected with this base model.
+        checkpoints: folder for checkpoints; with one there, training resumes from it exactly.
+        checkpoint_every: steps between checkpoints; one more is written at the end.
+        accelerator: to train with several processes or devices (``accelerate launch``).
+
+    Raises:
+        StoreError: if the store is incomplete, of another base model, or of another guidance range than the adapters'.
+        CheckpointError: if a checkpoint is damaged or of other settings, or the loss becomes NaN or infinite.
+        WriteError: if a checkpoint cannot be written.
+    """
+    settings = settings or TrainingSettings()
+    store.check_base(base)
+    if not store.complete:
+        raise StoreError(f"{store.folder} is unfinished: run collect() on it again, it resumes")
+    if tuple(store.manifest["guidance_range"]) != adapters.config.guidance_range:
+        raise StoreError(
+            f"{store.folder} was collected with guidance range {store.manifest['guidance_range']}, the adapters are "
+            f"made for {adapters.config.guidance_range}: create them with guidance_range=that of the store"
+        )
+    accelerator = accelerator or Accelerator(cpu=base.device.type == "cpu")
+    optimizer = torch.optim.Adam(adapters.parameters(), lr=settings.learning_rate)
+    weights = timestep_weights(store) if settings.weighting == "timestep" else None
+    identity = {
+        "settings": asdict(settings),
+        "store": [shard["sha256"] for shard in store.manifest["shards"]],
+        "adapter_kind": adapters.config.kind,
+        "hidden_size": adapters.config.hidden_size,
+    }
+    folder = Path(checkpoints) if checkpoints else None
+    start = _resume(folder, adapters, optimizer, identity) if folder else 0
+    adapters.train()
+    student, optimizer = accelerator.prepare(Student(base, adapters), optimizer)
+    base.denoiser.eval()
+    for step in range(start, settings.num_steps):
+        indices = batch_indices(len(store), settings.batch_size, step, settings.seed)
+        share = indices[accelerator.process_index :: accelerator.num_processes]
+        batch = store.batch(share).to(base.device)
+        prediction = student(batch.latents, batch.timestep, batch.condition, batch.guidance_scale)
+        squared_error = (prediction - batch.target).square().flatten(1).mean(dim=1)  # (B,)
+        weight = 1.0 if weights is None else weights.to(base.device)[batch.timestep]
+        loss = (weight * squared_error).mean()
+        if not bool(torch.isfinite(loss)):
+            raise CheckpointError(
+                f"the loss at step {step + 1} is {loss.item()} (states {share[:8].tolist()} ...). "
+                f"Last good checkpoint: {_latest(folder) if folder else 'none was kept'}; try a lower learning rate"
+            )
+        learning_rate = settings.learning_rate_at(step)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        optimizer.zero_grad()
+        accelerator.backward(loss)
+        optimizer.step()
+        done = step + 1
+        if folder and accelerator.is_main_process and (done % checkpoint_every == 0 or done == settings.num_steps):
+            _save(folder, done, adapters, optimizer, identity)
+        yield TrainingState(done, loss.item(), learning_rate, batch.timestep, squared_error.detach())
+    adapters.eval()
+
+
+# Checkpoints: step-000500/{adapters,optimizer}.safetensors and training.json; the newest two are kept -------------------
+
+
+def _save(folder: Path, step: int, adapters: AdapterSet, optimizer: Any, identity: dict[str, Any]) -> None:
+    names = [name for name, _ in adapters.named_parameters()]
+    parameters = [parameter for _, parameter in adapters.named_parameters()]
+    moments = {
+        f"{key}.{name}": torch.as_tensor(value)
+        for name, parameter in zip(names, parameters)
+        for key, value in optimizer.state[parameter].items()
+    }
+    with writing(folder / f"step-{step:07d}") as temporary:
+        temporary.mkdir()
+        write_tensors(temporary / "adapters.safetensors", adapters.state_dict())
+        write_tensors(temporary / "optimizer.safetensors", moments)
+        checksums = {name: sha256(temporary / name) for name in ("adapters.safetensors", "optimizer.safetensors")}
+        write_json(temporary / "training.json", {"step": step, "sha256": checksums, **identity})
+    for old in _all(folder)[:-2]:
+        for file in old.iterdir():
+            file.unlink()
+        old.rmdir()
+
+
+def _all(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if re.fullmatch(r"step-\d{7}", path.name))
+
+
+def _latest(folder: Path) -> Path | None:
+    return (_all(folder) or [None])[-1]  # type: ignore[list-item]
+
+
+def _resume(folder: Path, adapters: AdapterSet, optimizer: torch.optim.Adam, identity: dict[str, Any]) -> int:
+    """Load the newest checkpoint into adapters and optimiser; returns the number of steps done (0: none)."""
+    latest = _latest(folder)
+    if latest is None:
+        return 0
+    state = read_json(latest / "training.json", CheckpointError, "checkpoint")
+    different = [key for key in identity if state.get(key) != identity[key]]
+    if different:
+        raise CheckpointError(
+            f"the checkpoint {latest} is of a run with another {' and '.join(different)}; continue that run with its own "
+            "settings, or choose another folder"
+        )
+    for name, checksum in state["sha256"].items():
+        if not (latest / name).is_file() or sha256(latest / name) != checksum:
+            raise CheckpointError(
+                f"{latest / name} is damaged (missing, truncated or edited); remove {latest}: training goes on from the "
+                "checkpoint before it"
+            )
+    adapters.load_state_dict(read_tensors(latest / "adapters.safetensors", CheckpointError, "checkpoint"))
+    moments = read_tensors(latest / "optimizer.safetensors", CheckpointError, "checkpoint")
+    for name, parameter in adapters.named_parameters():
+        optimizer.state[parameter] = {
+            key: moments[f"{key}.{name}"].clone() for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in moments
+        }
+    return int(state["step"])

@@ -1,0 +1,394 @@
+"""Algorithm 1: collect CFG-guided trajectories, the store that they are kept in, and how training reads it.
+
+A store is a folder::
+
+    manifest.json            format version, base model, scheduler, guidance range, steps, seed, shards with checksums
+    conditions.safetensors   every distinct condition once
+    shard-00000.safetensors  latents, target, timestep, guidance_scale, condition, signal: one row per recorded state
+
+Every trajectory has a generator of its own, seeded by (seed, index): its scale, its kept timesteps and its noise do not
+depend on the batch size, nor on what was collected before an interruption.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .attach import check_guidance_range
+from .base_models import BaseModel, Condition
+from .errors import StoreError
+from .guidance import CFG
+from .sampling import initial_latents, noise_generators, sample, sample_seed
+from .storage import read_json, read_tensors, sha256, write_json, write_tensors
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+CONDITIONS = "conditions.safetensors"
+_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class CollectionPlan:
+    """What a store holds, decided before the first step. Two stores with the same plan hold the same trajectories.
+
+    Attributes:
+        num_trajectories: trajectories in all.
+        conditions: the condition of each, as ``base.encode`` takes it; trajectory i has ``conditions[i % len]``.
+        guidance_range: w ~ U[w_min, w_max].
+        num_inference_steps: steps of the sampler.
+        steps_per_trajectory: recorded states per trajectory, drawn at random; ``"all"`` keeps every step (the paper).
+        seed: of scales, kept steps and noise.
+        dtype: ``"float16"``, ``"bfloat16"`` or ``"float32"`` for stored latents and targets.
+        trajectories_per_shard: how many trajectories go into one file: the unit that an interruption can cost.
+        guided_channels: see :class:`agd_lib.guidance.CFG`.
+    """
+
+    conditions: tuple[Any, ...]
+    num_trajectories: int
+    guidance_range: tuple[float, float] = (1.0, 6.0)
+    num_inference_steps: int = 20
+    steps_per_trajectory: int | str = "all"
+    seed: int = 0
+    dtype: str = "float16"
+    trajectories_per_shard: int = 256
+    guided_channels: int | None = None
+
+    def __post_init__(self) -> None:
+        check_guidance_range(self.guidance_range)
+        for name in ("num_trajectories", "num_inference_steps", "trajectories_per_shard"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"got {name} = {getattr(self, name)}, expected at least 1")
+        if not self.conditions:
+            raise ValueError("got no conditions, expected at least one class label or prompt")
+        kept = self.steps_per_trajectory
+        if kept != "all" and not (isinstance(kept, int) and 1 <= kept <= self.num_inference_steps):
+            raise ValueError(
+                f"got steps_per_trajectory = {kept!r}, expected 'all' or a number from 1 to {self.num_inference_steps}"
+            )
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"got dtype {self.dtype!r}, expected one of: {', '.join(_DTYPES)}")
+
+    @property
+    def kept_steps(self) -> int:
+        """Recorded states per trajectory."""
+        return self.num_inference_steps if self.steps_per_trajectory == "all" else int(self.steps_per_trajectory)
+
+    @property
+    def num_shards(self) -> int:
+        """Files that the store will consist of."""
+        return math.ceil(self.num_trajectories / self.trajectories_per_shard)
+
+
+@dataclass(frozen=True)
+class TrajectoryDraw:
+    """The random choices of one trajectory: w, the kept step indices (ascending), and the generator for its noise."""
+
+    guidance_scale: float
+    kept_steps: tuple[int, ...]
+    generator: torch.Generator
+
+
+def draw_trajectory(plan: CollectionPlan, index: int) -> TrajectoryDraw:
+    """Draw scale and kept steps of trajectory ``index`` from its own generator; its noise comes from there next."""
+    (generator,) = noise_generators([sample_seed(plan.seed, index)])
+    low, high = plan.guidance_range
+    scale = low + (high - low) * torch.rand((), generator=generator, dtype=torch.float64).item()
+    order = torch.randperm(plan.num_inference_steps, generator=generator)[: plan.kept_steps]
+    return TrajectoryDraw(scale, tuple(sorted(order.tolist())), generator)
+
+
+def collect_batch(base: BaseModel, plan: CollectionPlan, indices: Sequence[int]) -> dict[str, Tensor]:
+    """Algorithm 1 for a batch of trajectories: draw w, run the CFG-guided sampler from noise, record its states.
+
+    Returns:
+        Rows in the order of the trajectories, then of the steps: ``latents`` and ``target`` (R, C, H, W), ``timestep``
+        (R,) int64, ``guidance_scale`` (R,) float32, ``condition`` (R,) int64 (index into ``plan.conditions``), and
+        ``signal`` (R,) float32: the mean square of what guidance adds, ``target - conditional prediction``.
+    """
+    draws = [draw_trajectory(plan, index) for index in indices]
+    condition_indices = [index % len(plan.conditions) for index in indices]
+    condition = base.encode([plan.conditions[i] for i in condition_indices])
+    scales = torch.tensor([draw.guidance_scale for draw in draws], dtype=torch.float32, device=base.device)
+    generators = [draw.generator for draw in draws]
+    latents = initial_latents(base, generators)
+    teacher = _RecordingCFG(scales, plan.guided_channels)
+    rows: list[list[dict[str, Tensor]]] = [[] for _ in indices]
+    for step in sample(base, condition, teacher, plan.num_inference_steps, latents=latents, generators=generators):
+        for row, draw in enumerate(draws):
+            if step.index in draw.kept_steps:
+                rows[row].append(
+                    {
+                        "latents": step.latents[row],
+                        "target": step.prediction[row],
+                        "timestep": torch.tensor(step.timestep),
+                        "guidance_scale": scales[row],
+                        "condition": torch.tensor(condition_indices[row]),
+                        "signal": teacher.signal[row],
+                    }
+                )
+    flat = [record for trajectory in rows for record in trajectory]
+    return {name: torch.stack([record[name].cpu() for record in flat]) for name in flat[0]}
+
+
+class _RecordingCFG:
+    """CFG that remembers the mean square of what guidance added at the last step, one value per sample."""
+
+    def __init__(self, scales: Tensor, guided_channels: int | None) -> None:
+        self.cfg = CFG(scales, guided_channels)
+        self.scales = scales
+        self.signal = torch.zeros_like(scales)
+
+    def predict(self, base: BaseModel, latents: Tensor, timestep: int, condition: Condition) -> Tensor:
+        conditional, unconditional = self.cfg.both(base, latents, timestep, condition)
+        target = self.cfg.combine(unconditional, conditional, self.scales.to(latents.dtype))
+        self.signal = (target - conditional).float().square().flatten(1).mean(dim=1)
+        return target
+
+
+def collect(
+    base: BaseModel, plan: CollectionPlan, folder: str | Path, batch_size: int = 128, progress: bool = True
+) -> TrajectoryStore:
+    """Algorithm 1 into a store on disk. Run again after an interruption, it goes on with the first missing shard.
+
+    Memory grows with ``batch_size`` and with one shard's rows, not with the number of trajectories.
+
+    Args:
+        base: in float32, so that the targets are exact: towards high noise the guidance signal is smaller than
+            bfloat16's rounding.
+        folder: new, or an unfinished or finished store with the same plan.
+        batch_size: trajectories side by side; each makes two forward passes a step.
+
+    Raises:
+        StoreError: if the folder holds a store with another plan or of another base model, or damaged shards.
+        WriteError: if the disk is full.
+        ValueError: for an unknown condition.
+    """
+    folder = Path(folder)
+    header = _header(base, plan)
+    base.encode(plan.conditions)  # an unknown condition is found before any work is done
+    if (folder / MANIFEST).exists():
+        manifest = read_manifest(folder)
+        different = [key for key in header if manifest.get(key) != header[key]]
+        if different:
+            raise StoreError(
+                f"{folder} holds a store that differs in {', '.join(different)}: "
+                + "; ".join(f"{key} is {manifest.get(key)!r} there, {header[key]!r} here" for key in different[:2])
+                + ". Choose another folder, or remove that one"
+            )
+    else:
+        manifest = {**header, "shards": []}
+        write_tensors(folder / CONDITIONS, base.encode(plan.conditions))
+        manifest["conditions_sha256"] = sha256(folder / CONDITIONS)
+        write_json(folder / MANIFEST, manifest)
+    for shard in range(len(manifest["shards"]), plan.num_shards):
+        first = shard * plan.trajectories_per_shard
+        indices = range(first, min(first + plan.trajectories_per_shard, plan.num_trajectories))
+        starts = range(0, len(indices), batch_size)
+        label = f"collect {shard + 1}/{plan.num_shards}"
+        batches = [
+            collect_batch(base, plan, indices[start : start + batch_size])
+            for start in tqdm(starts, desc=label, disable=not progress)
+        ]
+        rows = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+        _check_finite(rows, indices)
+        for name in ("latents", "target"):
+            rows[name] = rows[name].to(_DTYPES[plan.dtype])
+        path = folder / f"shard-{shard:05d}.safetensors"
+        write_tensors(path, rows)
+        entry = {"file": path.name, "rows": len(rows["timestep"]), "bytes": path.stat().st_size, "sha256": sha256(path)}
+        manifest["shards"].append(entry)
+        write_json(folder / MANIFEST, manifest)  # lists the shard only now that it is whole
+    return TrajectoryStore(folder)
+
+
+def _check_finite(rows: dict[str, Tensor], indices: Sequence[int]) -> None:
+    for name in ("latents", "target"):
+        finite = torch.isfinite(rows[name]).flatten(1).all(dim=1)
+        if not bool(finite.all()):
+            bad = int((~finite).nonzero()[0])
+            raise StoreError(
+                f"{name} of trajectory {indices[bad * len(indices) // len(finite)]} at timestep "
+                f"{int(rows['timestep'][bad])} is NaN or infinite; collect in float32, or at a smaller guidance scale"
+            )
+
+
+def _header(base: BaseModel, plan: CollectionPlan) -> dict[str, Any]:
+    header = asdict(plan) | {
+        "format_version": FORMAT_VERSION,
+        "conditions": list(plan.conditions),
+        "guidance_range": list(plan.guidance_range),
+        "guided_channels": plan.guided_channels or base.latent_shape[0],
+        "base_name": base.name if not Path(base.name).exists() else Path(base.name).name,
+        "base_fingerprint": base.fingerprint(),
+        "prediction_type": base.prediction_type,
+        "latent_shape": list(base.latent_shape),
+        "num_train_timesteps": base.num_train_timesteps,
+        "scheduler": {"class": type(base.scheduler).__name__} | _plain(base.scheduler.config),
+    }
+    return header
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    return {k: v for k, v in dict(config).items() if not k.startswith("_") and isinstance(v, str | int | float | bool)}
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read and check a store's manifest.
+
+    Raises:
+        StoreError: if it is missing, malformed, of another format version, or names files outside its folder.
+    """
+    manifest = read_json(folder / MANIFEST, StoreError, "store manifest")
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise StoreError(
+            f"{folder} has store format version {manifest.get('format_version')!r}, this library reads {FORMAT_VERSION}"
+        )
+    shape, shards = manifest.get("latent_shape"), manifest.get("shards")
+    if not (isinstance(shape, list) and len(shape) == 3 and all(isinstance(n, int) and 0 < n < 65_536 for n in shape)):
+        raise StoreError(f"the manifest in {folder} gives latent_shape {shape!r}, expected three sizes [C, H, W]")
+    if not isinstance(shards, list):
+        raise StoreError(f"the manifest in {folder} gives no list of shards; restore it or collect again")
+    for number, shard in enumerate(shards):
+        fits = (
+            isinstance(shard, dict)
+            and shard.get("file") == f"shard-{number:05d}.safetensors"
+            and isinstance(shard.get("rows"), int)
+            and isinstance(shard.get("sha256"), str)
+        )
+        if not fits:
+            raise StoreError(f"the manifest in {folder} has a malformed entry for shard {number}: {shard!r}")
+    return manifest
+
+
+@dataclass(frozen=True)
+class TrajectoryBatch:
+    """Recorded states, as training takes them.
+
+    Attributes:
+        latents, target: x_t and the guided prediction, (B, C, H, W) float32.
+        timestep: (B,) int64. guidance_scale: (B,) float32. condition: see ``Condition``.
+        signal: (B,) float32, mean square of target minus conditional prediction.
+    """
+
+    latents: Tensor
+    target: Tensor
+    timestep: Tensor
+    guidance_scale: Tensor
+    condition: Condition
+    signal: Tensor
+
+    def to(self, device: torch.device | str) -> TrajectoryBatch:
+        """The batch on another device."""
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return TrajectoryBatch(**moved, condition={k: v.to(device) for k, v in self.condition.items()})
+
+
+class TrajectoryStore:
+    """A store opened for reading; tensors are memory-mapped, so opening costs no memory.
+
+    Args:
+        folder: what :func:`collect` wrote.
+        check: verify every file's checksum first (reads the whole store once).
+
+    Raises:
+        StoreError: if a file is missing, truncated, edited, or of the wrong shape; the message names it.
+    """
+
+    def __init__(self, folder: str | Path, check: bool = True) -> None:
+        self.folder = Path(folder)
+        self.manifest = read_manifest(self.folder)
+        if check:
+            self._verify()
+        self._conditions = read_tensors(self.folder / CONDITIONS, StoreError, "store's conditions")
+        self._shards = [self._open(shard) for shard in self.manifest["shards"]]
+        self._starts = torch.tensor([0, *(len(shard["timestep"]) for shard in self._shards)]).cumsum(0)
+
+    def _verify(self) -> None:
+        files = {CONDITIONS: self.manifest.get("conditions_sha256")}
+        files |= {shard["file"]: shard["sha256"] for shard in self.manifest["shards"]}
+        for name, checksum in files.items():
+            path = self.folder / name
+            if not path.is_file():
+                raise StoreError(f"{path} is missing, though the manifest lists it; restore it or collect again")
+            if sha256(path) != checksum:
+                raise StoreError(f"{path} is not what was collected (its checksum differs): truncated or edited")
+
+    def _open(self, shard: dict[str, Any]) -> dict[str, Tensor]:
+        path = self.folder / shard["file"]
+        tensors = read_tensors(path, StoreError, "shard")
+        rows, latent = shard["rows"], (shard["rows"], *self.manifest["latent_shape"])
+        expected = {name: (rows,) for name in ("timestep", "guidance_scale", "condition", "signal")}
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if shapes != expected | {"latents": latent, "target": latent}:
+            raise StoreError(f"{path} holds tensors of shapes {shapes}, the manifest says {rows} rows of {latent[1:]}")
+        return tensors
+
+    @property
+    def complete(self) -> bool:
+        """Whether every shard of the plan is there."""
+        planned = math.ceil(self.manifest["num_trajectories"] / self.manifest["trajectories_per_shard"])
+        return len(self._shards) == planned
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def column(self, name: str) -> Tensor:
+        """One value per recorded state, all of them: ``timestep``, ``guidance_scale``, ``condition`` or ``signal``."""
+        return torch.cat([shard[name] for shard in self._shards])
+
+    def batch(self, indices: Tensor) -> TrajectoryBatch:
+        """The recorded states with these indices (B,), in this order."""
+        shard_of = torch.searchsorted(self._starts, indices, right=True) - 1
+        rows = indices - self._starts[shard_of]
+        places = list(zip(shard_of.tolist(), rows.tolist()))
+        stacked = {name: torch.stack([self._shards[s][name][r] for s, r in places]) for name in self._shards[0]}
+        condition_index = stacked.pop("condition")
+        for name in ("latents", "target"):
+            stacked[name] = stacked[name].float()
+        return TrajectoryBatch(
+            **stacked, condition={name: value[condition_index] for name, value in self._conditions.items()}
+        )
+
+    def check_base(self, base: BaseModel) -> None:
+        """Raises :class:`StoreError` if the store was collected with another base model."""
+        if base.fingerprint() != self.manifest["base_fingerprint"]:
+            raise StoreError(
+                f"{self.folder} was collected with {self.manifest['base_name']} "
+                f"(fingerprint {self.manifest['base_fingerprint']}), not with {base.name} ({base.fingerprint()}): "
+                "collect trajectories of this base model"
+            )
+
+    def size_on_disk(self) -> int:
+        """Bytes of all files."""
+        return sum(path.stat().st_size for path in self.folder.iterdir())
+
+
+def predicted_size(base: BaseModel, plan: CollectionPlan) -> int:
+    """Bytes that the recorded states will take on disk, without the conditions."""
+    values = math.prod(base.latent_shape)
+    return plan.num_trajectories * plan.kept_steps * (2 * values * _DTYPES[plan.dtype].itemsize + 8 + 4 + 8 + 4)
+
+
+def noised_data_states(store: TrajectoryStore, clean_latents: Tensor, base: BaseModel, seed: int = 0) -> Tensor:
+    """States of the ordinary diffusion for comparison: clean latents noised to the store's own timesteps.
+
+    Args:
+        clean_latents: (N, C, H, W), scaled latents of real images; drawn from with replacement.
+
+    Returns:
+        (len(store), C, H, W): row i is noised to the timestep of the store's state i.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    timesteps = store.column("timestep")
+    chosen = clean_latents[torch.randint(len(clean_latents), (len(timesteps),), generator=generator)]
+    noise = torch.randn(chosen.shape, generator=generator)
+    return copy.deepcopy(base.scheduler).add_noise(chosen, noise, timesteps)
