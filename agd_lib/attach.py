@@ -1,10 +1,10 @@
 """Puts adapters on a base model's attention layers, by hooks, and takes them off again without a trace.
 
-    adapters = AdapterSet.create(base, kind="offset")
-    adapters.attach(base)
-    with adapters.guided_by(4.0):
-        ...                       # every forward pass of the base in here is guided, by whoever calls it
-    adapters.remove()             # the base is what it was, to the bit
+adapters = AdapterSet.create(base, kind="offset")
+adapters.attach(base)
+with adapters.guided_by(4.0):
+    ...                       # every forward pass of the base in here is guided, by whoever calls it
+adapters.remove()             # the base is what it was, to the bit
 """
 
 from __future__ import annotations
@@ -241,7 +241,9 @@ class AdapterSet(nn.Module):
             if getattr(self.config, name) is not None and getattr(self.config, name) != dims[name]
         ]
         if base.prediction_type != self.config.prediction_type:
-            wrong.append(f"it predicts {base.prediction_type}, the adapters were trained for {self.config.prediction_type}")
+            wrong.append(
+                f"it predicts {base.prediction_type}, the adapters were trained for {self.config.prediction_type}"
+            )
         if wrong:
             raise AdapterError(
                 f"these adapters were made for {self.config.base_name} and do not fit {base.name}: "

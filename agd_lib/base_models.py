@@ -22,11 +22,10 @@ from torch import Tensor, nn
 
 from .adapters import AdapterInputs
 from .errors import BaseModelError
+from .project import DATA
 
 Condition: TypeAlias = dict[str, Tensor]
 """The denoiser's conditioning arguments by name, each with the batch as first dimension."""
-
-DATA = Path(__file__).resolve().parent.parent / "data"
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class BaseModel(ABC):
         vae: the autoencoder.
     """
 
-    denoiser: nn.Module
+    denoiser: Any
 
     def __init__(self, pipeline: Any, name: str, revision: str | None = None) -> None:
         self.pipeline = pipeline
@@ -286,7 +285,9 @@ def load_base(
             f"Known short names: {', '.join(KNOWN_BASES)}"
         )
     if is_folder and not (Path(source) / "model_index.json").is_file():
-        raise BaseModelError(f"{source} holds no model_index.json: expected a folder that a diffusers pipeline was saved to")
+        raise BaseModelError(
+            f"{source} holds no model_index.json: expected a folder that a diffusers pipeline was saved to"
+        )
     try:
         pipeline = DiffusionPipeline.from_pretrained(source, revision=revision, dtype=dtype, use_safetensors=True)
     except Exception as error:  # diffusers and the hub raise many kinds

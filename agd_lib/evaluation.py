@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -176,7 +175,9 @@ def _reference_from_images(folder: Path, extractor: FeatureExtractor, num_images
     suffixes = {".png", ".jpg", ".jpeg", ".webp"}
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in suffixes)[:num_images]
     if not paths:
-        raise EvaluationError(f"{folder} holds no images ({', '.join(sorted(suffixes))}); expected a folder of real images")
+        raise EvaluationError(
+            f"{folder} holds no images ({', '.join(sorted(suffixes))}); expected a folder of real images"
+        )
     features = []
     for path in tqdm(paths, desc="reference"):
         pixels = np.asarray(Image.open(path).convert("RGB"), dtype=np.float32) / 255
@@ -204,7 +205,12 @@ def precision_recall(features: Tensor, reference_features: Tensor, neighbours: i
     from torch_fidelity.metric_prc import prc_features_to_metric
 
     metrics = prc_features_to_metric(
-        features, reference_features, prc_neighborhood=neighbours, prc_batch_size=10_000, save_cpu_ram=True, verbose=False
+        features,
+        reference_features,
+        prc_neighborhood=neighbours,
+        prc_batch_size=10_000,
+        save_cpu_ram=True,
+        verbose=False,
     )
     return metrics["precision"], metrics["recall"]
 
@@ -248,7 +254,9 @@ def evaluate(
             f"the reference was made with {reference.extractor}, the samples would be measured with {extractor.name}"
         )
     if n <= extractor.feature_dim:
-        raise ValueError(f"got n = {n}, expected more than {extractor.feature_dim} samples for {extractor.name}'s features")
+        raise ValueError(
+            f"got n = {n}, expected more than {extractor.feature_dim} samples for {extractor.name}'s features"
+        )
     conditions = [base.all_conditions()[i % len(base.all_conditions())] for i in range(n)]
     kind, adapter, scale, adapter_parameters = describe(guidance)
     label = f"{kind} {scale:g}" if adapter is None else f"{kind} {adapter} {scale:g}"

@@ -37,7 +37,7 @@ class ShapesExtractor(ModelMixin, ConfigMixin):
         width: channels of the first stage; doubled twice.
     """
 
-    @register_to_config
+    @register_to_config  # type: ignore[untyped-decorator]
     def __init__(self, num_classes: int = len(SHAPES), feature_dim: int = 64, width: int = 32) -> None:
         super().__init__()
         channels = [3, width, width, 2 * width, 2 * width, 4 * width, 4 * width]

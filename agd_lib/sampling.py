@@ -132,6 +132,5 @@ def generate(
         chunk = conditions[start : start + batch_size]
         condition = base.encode(chunk)
         seeds = [sample_seed(seed, start + i) for i in range(len(chunk))]
-        for step in sample(base, condition, guidance, num_inference_steps, seeds=seeds):
-            pass
-        yield step.next_latents
+        *_, last = sample(base, condition, guidance, num_inference_steps, seeds=seeds)
+        yield last.next_latents

@@ -166,13 +166,31 @@ def _outline(shape: str) -> tuple[tuple[Polygon, bool], ...]:
         ],
         "zigzag": [
             (
-                [(-0.8, -0.8), (0.3, -0.8), (0.3, 0.3), (0.8, 0.3), (0.8, 0.8), (-0.3, 0.8), (-0.3, -0.3), (-0.8, -0.3)],
+                [
+                    (-0.8, -0.8),
+                    (0.3, -0.8),
+                    (0.3, 0.3),
+                    (0.8, 0.3),
+                    (0.8, 0.8),
+                    (-0.3, 0.8),
+                    (-0.3, -0.3),
+                    (-0.8, -0.3),
+                ],
                 True,
             )
         ],
         "arch": [
             (
-                [(-0.8, 0.8), (-0.8, -0.8), (0.8, -0.8), (0.8, 0.8), (0.32, 0.8), (0.32, -0.3), (-0.32, -0.3), (-0.32, 0.8)],
+                [
+                    (-0.8, 0.8),
+                    (-0.8, -0.8),
+                    (0.8, -0.8),
+                    (0.8, 0.8),
+                    (0.32, 0.8),
+                    (0.32, -0.3),
+                    (-0.32, -0.3),
+                    (-0.32, 0.8),
+                ],
                 True,
             )
         ],
@@ -207,7 +225,8 @@ def draw_scene(seed: int, index: int, label: int | None = None) -> Scene:
     while True:
         colour, background, second = (names[i] for i in rng.integers(len(names), size=3))
         foreground, start, stop = (_jitter(COLOURS[name], rng) for name in (colour, background, second))
-        stop = tuple(0.6 * a + 0.4 * b for a, b in zip(start, stop))  # a gentle gradient keeps its colour's name
+        # a gentle gradient keeps its colour's name
+        stop = (0.6 * start[0] + 0.4 * stop[0], 0.6 * start[1] + 0.4 * stop[1], 0.6 * start[2] + 0.4 * stop[2])
         if min(math.dist(foreground, start), math.dist(foreground, stop)) >= _MIN_CONTRAST:
             break
     size = str(rng.choice(list(SIZES)))
@@ -225,7 +244,7 @@ def draw_scene(seed: int, index: int, label: int | None = None) -> Scene:
         y=y,
         rotation=rotation,
         foreground_rgb=foreground,
-        background_rgb=(start, stop),  # type: ignore[arg-type]
+        background_rgb=(start, stop),
         gradient_angle=gradient_angle,
     )
 
@@ -246,7 +265,9 @@ def render(scene: Scene) -> Image.Image:
             for px, py in _turn(polygon, scene.rotation)
         ]
         draw.polygon(points, fill=255 if filled else 0)
-    coverage = np.asarray(mask.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX), dtype=np.float64)[..., None] / 255
+    coverage = (
+        np.asarray(mask.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX), dtype=np.float64)[..., None] / 255
+    )
     grid = (np.arange(IMAGE_SIZE) + 0.5) / IMAGE_SIZE - 0.5
     ramp = grid[None, :] * math.cos(scene.gradient_angle) + grid[:, None] * math.sin(scene.gradient_angle)
     ramp = (ramp / math.sqrt(2) + 0.5)[..., None]

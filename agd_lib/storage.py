@@ -96,7 +96,9 @@ def read_json(path: Path, error: type[AGDError], what: str) -> dict[str, Any]:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors as safetensors, whole or not at all."""
     with writing(path) as temporary:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata=dict(metadata or {}))
+        save_file(
+            {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata=dict(metadata or {})
+        )
 
 
 def read_tensors(path: Path, error: type[AGDError], what: str) -> dict[str, Tensor]:
@@ -124,5 +126,3 @@ def sha256(path: Path) -> str:
     """Checksum of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-

@@ -12,6 +12,7 @@ import copy
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,13 +59,17 @@ def _batches(count: int, batch_size: int, steps: int, generator: torch.Generator
         yield batch
 
 
-def _one_cycle(optimizer: torch.optim.Optimizer, learning_rate: float, steps: int) -> torch.optim.lr_scheduler.OneCycleLR:
+def _one_cycle(
+    optimizer: torch.optim.Optimizer, learning_rate: float, steps: int
+) -> torch.optim.lr_scheduler.OneCycleLR:
     return torch.optim.lr_scheduler.OneCycleLR(
         optimizer, learning_rate, total_steps=steps + 1, pct_start=0.05, cycle_momentum=False
     )
 
 
-def train_extractor(images: Tensor, labels: Tensor, attributes: Tensor, steps: int, batch_size: int = 128, seed: int = 0) -> ShapesExtractor:
+def train_extractor(
+    images: Tensor, labels: Tensor, attributes: Tensor, steps: int, batch_size: int = 128, seed: int = 0
+) -> ShapesExtractor:
     """Train the feature extractor on class and attributes.
 
     Args:
@@ -108,7 +113,9 @@ def new_vae() -> AutoencoderKL:
     )
 
 
-def train_vae(images: Tensor, steps: int, batch_size: int = 48, seed: int = 0, kl_weight: float = 1e-4) -> AutoencoderKL:
+def train_vae(
+    images: Tensor, steps: int, batch_size: int = 48, seed: int = 0, kl_weight: float = 1e-4
+) -> AutoencoderKL:
     """Train the autoencoder: squared error plus a light Kullback-Leibler term; the latents' scale is then measured.
 
     Args:
@@ -120,7 +127,9 @@ def train_vae(images: Tensor, steps: int, batch_size: int = 48, seed: int = 0, k
     vae = new_vae().train().to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), weight_decay=0.0)
     schedule = _one_cycle(optimizer, 2e-3, steps)
-    progress = tqdm(_batches(len(images), batch_size, steps, generator), total=steps, desc="autoencoder", mininterval=10)
+    progress = tqdm(
+        _batches(len(images), batch_size, steps, generator), total=steps, desc="autoencoder", mininterval=10
+    )
     for batch in progress:
         x = _to_float(images[batch]).to(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
@@ -143,7 +152,9 @@ def train_vae(images: Tensor, steps: int, batch_size: int = 48, seed: int = 0, k
 @torch.no_grad()
 def encode_all(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
     """Posterior means and standard deviations of all images, each (N, 4, 8, 8), unscaled."""
-    posteriors = [vae.encode(_to_float(chunk)).latent_dist for chunk in tqdm(images.split(500), desc="encode", mininterval=10)]
+    posteriors = [
+        vae.encode(_to_float(chunk)).latent_dist for chunk in tqdm(images.split(500), desc="encode", mininterval=10)
+    ]
     return torch.cat([p.mean for p in posteriors]), torch.cat([p.std for p in posteriors])
 
 
@@ -177,7 +188,9 @@ def new_dit() -> DiTTransformer2DModel:
 
 def new_scheduler() -> DDIMScheduler:
     """DiT-XL/2's noise schedule: 1,000 timesteps, linear betas, epsilon prediction."""
-    return DDIMScheduler(num_train_timesteps=1000, beta_schedule="linear", clip_sample=False, timestep_spacing="leading")
+    return DDIMScheduler(
+        num_train_timesteps=1000, beta_schedule="linear", clip_sample=False, timestep_spacing="leading"
+    )
 
 
 def train_dit(
@@ -248,7 +261,7 @@ def _untied(dit: DiTTransformer2DModel) -> DiTTransformer2DModel:
     return dit
 
 
-def _publish(model, folder: Path) -> None:
+def _publish(model: Any, folder: Path) -> None:
     """Save under a temporary name, then rename: the folder is whole or absent."""
     temporary = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)

@@ -267,6 +267,8 @@ def _resume(folder: Path, adapters: AdapterSet, optimizer: torch.optim.Adam, ide
     moments = read_tensors(latest / "optimizer.safetensors", CheckpointError, "checkpoint")
     for name, parameter in adapters.named_parameters():
         optimizer.state[parameter] = {
-            key: moments[f"{key}.{name}"].clone() for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in moments
+            key: moments[f"{key}.{name}"].clone()
+            for key in ("step", "exp_avg", "exp_avg_sq")
+            if f"{key}.{name}" in moments
         }
     return int(state["step"])
