@@ -117,7 +117,7 @@ def read_tensors(path: Path, error: type[AGDError], what: str) -> dict[str, Tens
         raise error(f"no {what} at {path}: the file does not exist")
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as cause:
         raise error(f"the {what} {path} is damaged ({cause}): it was truncated or edited; make it again") from cause
 
