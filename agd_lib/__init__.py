@@ -23,6 +23,7 @@ _NAMES = {
     "TrainingSettings": "training",
     "train": "training",
     "evaluate": "evaluation",
+    "convert_authors_checkpoint": "convert",
 }
 
 __all__ = list(_NAMES)

@@ -9,9 +9,10 @@ adapters.remove()             # the base is what it was, to the bit
 
 from __future__ import annotations
 
+import re
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -25,6 +26,7 @@ from .adapters import ADAPTERS, Adapter, AdapterSizes
 from .base_models import BaseModel
 from .errors import AdapterError
 from .guidance import Scale, scale_at
+from .project import DATA, display_path
 from .storage import read_json, read_tensors, write_json, write_tensors, writing
 
 CONFIG_NAME, WEIGHTS_NAME, CARD_NAME = "config.json", "adapter_model.safetensors", "README.md"
@@ -122,9 +124,11 @@ class AdapterSet(nn.Module):
             seed: of their initial weights.
 
         Raises:
-            ValueError: for an unknown kind or a guidance range out of order.
+            ValueError: for an unknown kind, a hidden size below 1, or a guidance range out of order.
         """
         check_guidance_range(guidance_range)
+        if not _is_size(hidden_size):
+            raise ValueError(f"got hidden_size {hidden_size!r}, expected a whole number from 1 to 65,536")
         dims = base.adapter_input_dims()
         config = AdapterConfig(
             kind=kind,
@@ -145,6 +149,35 @@ class AdapterSet(nn.Module):
             torch.manual_seed(seed)
             return cls(config).to(base.device)
 
+    @classmethod
+    def from_tensors(cls, config: AdapterConfig, tensors: Mapping[str, Tensor], complaint: str) -> AdapterSet:
+        """Adapters with given weights. Memory is taken for them only once names and shapes are known to fit.
+
+        Args:
+            tensors: a state dict. complaint: how the error's message starts if they do not fit the config.
+
+        Raises:
+            AdapterError: if the config cannot be built, or a tensor is missing, unknown or of another shape or dtype.
+        """
+        try:
+            with torch.device("meta"):
+                adapters = cls(config)
+        except (KeyError, ValueError) as error:
+            raise AdapterError(f"{complaint}: the config is malformed: {error}") from error
+        expected = adapters.state_dict()
+        wrong = [f"{name} is missing" for name in expected if name not in tensors]
+        wrong += [f"{name} is unknown" for name in tensors if name not in expected]
+        wrong += [
+            f"{name}: shape {tuple(tensors[name].shape)}, expected {tuple(expected[name].shape)}"
+            for name in expected.keys() & tensors.keys()
+            if tensors[name].shape != expected[name].shape
+        ]
+        wrong += [f"{name} is of {tensor.dtype}" for name, tensor in tensors.items() if not tensor.is_floating_point()]
+        if wrong:
+            raise AdapterError(f"{complaint}: {'; '.join(sorted(wrong)[:5])} ({len(wrong)} differences)")
+        adapters.load_state_dict({name: _own_copy(tensor) for name, tensor in tensors.items()}, assign=True)
+        return adapters
+
     # Attaching ------------------------------------------------------------------------------------------------------
 
     def attach(self, base: BaseModel) -> AdapterSet:
@@ -153,7 +186,7 @@ class AdapterSet(nn.Module):
         Raises:
             AdapterError: if the base model does not fit; the message says in what.
         """
-        self._check_fit(base)
+        self.check_fit(base)
         previous = _attached.get(base.denoiser)
         if previous is self:
             return self
@@ -211,12 +244,12 @@ class AdapterSet(nn.Module):
 
     def _site_hook(self, site: str) -> Any:
         adapter = self._at(site)
-        dtype = next(adapter.parameters()).dtype
 
         def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
             if self._conditions is None:
                 return None
             hidden_states = args[0] if args else kwargs["hidden_states"]
+            dtype = next(adapter.parameters()).dtype
             return output + adapter(hidden_states.to(dtype), self._conditions[site]).to(output.dtype)
 
         return add
@@ -226,7 +259,8 @@ class AdapterSet(nn.Module):
         assert isinstance(adapter, Adapter)
         return adapter
 
-    def _check_fit(self, base: BaseModel) -> None:
+    def check_fit(self, base: BaseModel) -> None:
+        """Raises :class:`AdapterError` if these adapters cannot go on ``base``; the message says what differs."""
         sites = {site: channels for site, (_, channels) in base.attention_sites().items()}
         dims = base.adapter_input_dims()
         wrong = [f"attention layer {site} is missing" for site in self.config.sites if site not in sites]
@@ -292,22 +326,36 @@ class AdapterSet(nn.Module):
         folder = _local_folder(folder)
         config = config_from_dict(read_json(folder / CONFIG_NAME, AdapterError, "adapter config"), folder)
         tensors = read_tensors(folder / WEIGHTS_NAME, AdapterError, "adapter weights")
-        with torch.random.fork_rng(devices=[]):
-            adapters = cls(config)
-        expected = adapters.state_dict()
-        wrong = sorted(expected.keys() ^ tensors.keys())
-        wrong += [
-            f"{name}: shape {tuple(tensors[name].shape)}, expected {tuple(expected[name].shape)}"
-            for name in expected.keys() & tensors.keys()
-            if tensors[name].shape != expected[name].shape
-        ]
-        if wrong:
-            raise AdapterError(
-                f"the weights in {folder} do not fit its config.json: {'; '.join(wrong[:5])} "
-                f"({len(wrong)} differences). One of the two files is from another set of adapters"
-            )
-        adapters.load_state_dict(tensors)
+        adapters = cls.from_tensors(config, tensors, f"the weights in {folder} do not fit its config.json")
         return adapters.to(device)
+
+
+def _own_copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+
+
+def find_adapters(base: BaseModel, run: str | Path, kind: str) -> Path:
+    """Folder of the trained adapters to use: those of this run if it has trained any, else the shipped ones.
+
+    Args:
+        run: folder of the run; its own adapters are in ``adapters/<kind>``.
+        kind: a name in :data:`agd_lib.adapters.ADAPTERS`.
+
+    Raises:
+        AdapterError: if there are none in either place; the message says how to make them.
+        ValueError: for an unknown kind.
+    """
+    if kind not in ADAPTERS:
+        raise ValueError(f"got adapter kind {kind!r}, expected one of: {', '.join(ADAPTERS)}")
+    places = [Path(run) / "adapters" / kind, DATA / base.name / "adapters" / kind]
+    for place in places:
+        if (place / CONFIG_NAME).is_file():
+            return place
+    raise AdapterError(
+        f"found no trained {kind} adapters for {base.name}, neither in {display_path(places[0])} (this run's own) nor in "
+        f"{display_path(places[1])} (shipped). Train them: run notebooks/02_collect_trajectories.ipynb and then "
+        f"notebooks/03_train_dit_adapters.ipynb with the same base_name and run_dir"
+    )
 
 
 def check_guidance_range(guidance_range: tuple[float, float]) -> None:
@@ -345,27 +393,69 @@ def config_from_dict(values: Mapping[str, Any], origin: Path) -> AdapterConfig:
         raise AdapterError(
             f"the adapter config in {origin} is malformed: missing {sorted(missing)}, unknown {sorted(unknown)}"
         )
-    sites, guidance_range = values["sites"], values["guidance_range"]
-    optional = [values[k] for k in ("timestep_dim", "class_dim", "prompt_dim") if values[k] is not None]
-    sizes_fit = (
-        isinstance(sites, dict)
-        and sites
-        and all(_is_size(n) for n in [values["hidden_size"], values["guided_channels"], *sites.values(), *optional])
+    problems = [
+        f"{name} is {value!r}, expected {expected}"
+        for name, value in values.items()
+        for fits, expected in [_CONFIG_RULES.get(name, (_is_text, "a text"))]
+        if not fits(value)
+    ]
+    if problems:
+        raise AdapterError(f"the adapter config in {origin} is malformed: {'; '.join(problems)[:500]}")
+    low, high = values["guidance_range"]
+    return AdapterConfig(**{**values, "guidance_range": (float(low), float(high))})
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_kind(value: Any) -> bool:
+    return isinstance(value, str) and value in ADAPTERS
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1e6
+
+
+def _is_range(value: Any) -> bool:
+    return (
+        isinstance(value, list | tuple)
+        and len(value) == 2
+        and all(_is_number(bound) for bound in value)
+        and 0 <= value[0] <= value[1]
     )
-    if not sizes_fit or values["kind"] not in ADAPTERS:
-        raise AdapterError(
-            f"the adapter config in {origin} is malformed: expected a kind of {', '.join(ADAPTERS)} and sizes from 1 "
-            "to 65,536"
-        )
-    try:
-        check_guidance_range(tuple(guidance_range))
-    except (TypeError, ValueError) as error:
-        raise AdapterError(f"the adapter config in {origin} is malformed: {error}") from error
-    return AdapterConfig(**{**values, "guidance_range": tuple(float(w) for w in guidance_range)})
 
 
 def _is_size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= 65_536
+
+
+def _is_size_or_none(value: Any) -> bool:
+    return value is None or _is_size(value)
+
+
+def _are_sites(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and 0 < len(value) <= 10_000
+        and all(re.fullmatch(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)+", site) and _is_size(value[site]) for site in value)
+    )
+
+
+_CONFIG_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "kind": (_is_kind, f"one of: {', '.join(ADAPTERS)}"),
+    "hidden_size": (_is_size, "a size from 1 to 65,536"),
+    "guided_channels": (_is_size, "a size from 1 to 65,536"),
+    "timestep_dim": (_is_size_or_none, "a size from 1 to 65,536, or null"),
+    "class_dim": (_is_size_or_none, "a size from 1 to 65,536, or null"),
+    "prompt_dim": (_is_size_or_none, "a size from 1 to 65,536, or null"),
+    "sites": (_are_sites, "attention layers by name, each with a size from 1 to 65,536"),
+    "guidance_range": (_is_range, "[w_min, w_max] with 0 <= w_min <= w_max"),
+    "scale_multiplier": (_is_number, "a number"),
+    "format_version": (_is_size, "a version number"),
+    "base_revision": (lambda value: value is None or _is_text(value), "a text or null"),
+}
+"""Field of an adapter config -> (test, what is expected). Every other field is a text."""
 
 
 def _local_folder(folder: str | Path) -> Path:

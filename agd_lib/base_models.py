@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from typing import Any, TypeAlias
 
 import torch
 from diffusers import DiffusionPipeline, DiTPipeline
+from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 
 from .adapters import AdapterInputs
@@ -146,8 +148,29 @@ class BaseModel(ABC):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) to images (B, 3, H, W), float32 in [0, 1]."""
-        unscaled = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
+        unscaled = latents.to(self.vae.dtype) * (1 / self.vae.config.scaling_factor)  # rounds as DiTPipeline does
         return (self.vae.decode(unscaled).sample / 2 + 0.5).clamp(0, 1).float()
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] to the latents (B, C, h, w) that the denoiser was trained on, scaled.
+
+        They are drawn from the autoencoder's posterior with ``generator``.
+        """
+        posterior = self.vae.encode((images * 2 - 1).to(self.device, self.vae.dtype)).latent_dist
+        return posterior.sample(generator) * self.vae.config.scaling_factor
+
+    def clean_estimate(self, latents: Tensor, prediction: Tensor, timestep: int) -> Tensor:
+        """The clean latents that a prediction at x_t stands for: the model's guess of where the trajectory ends.
+
+        Args:
+            latents: x_t, (B, C, H, W). prediction: the same shape, in :attr:`prediction_type`. timestep: t.
+        """
+        alpha_bar = self.scheduler.alphas_cumprod[timestep].to(latents.device, torch.float32)
+        signal, noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        if self.prediction_type == "epsilon":
+            return (latents - noise * prediction) / signal
+        return signal * latents - noise * prediction if self.prediction_type == "v_prediction" else prediction
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> BaseModel:
         """Move the whole pipeline; returns self."""
@@ -157,8 +180,11 @@ class BaseModel(ABC):
     def fingerprint(self) -> str:
         """Hex digest of the denoiser's configuration and of a fixed sample of its weights, rounded to bfloat16.
 
-        Tells base models apart, also fine-tuned from one another; float32 and bfloat16 copies of one agree.
+        Tells base models apart, also fine-tuned from one another; float32 and bfloat16 copies of one agree. A model on
+        the meta device has no weights to tell apart: ``"meta"``.
         """
+        if self.device.type == "meta":
+            return "meta"
         digest = hashlib.sha256()
         config = {k: v for k, v in self.denoiser.config.items() if not k.startswith("_")}
         digest.update(json.dumps(config, sort_keys=True, default=str).encode())
@@ -193,8 +219,11 @@ class DiTBase(BaseModel):
                 known = ", ".join(list(self.pipeline.labels)[:25]) or "none: this pipeline has no class names"
                 raise ValueError(f"got the class name {condition!r}, expected one of: {known}")
             return int(self.pipeline.labels[condition])
-        label = int(condition)
-        if label != condition or not 0 <= label < self.num_classes:
+        try:
+            label = operator.index(condition)
+        except TypeError:
+            label = -1
+        if not 0 <= label < self.num_classes:
             raise ValueError(
                 f"got class label {condition}, expected an integer from 0 to {self.num_classes - 1} "
                 f"({self.num_classes} is the null class, which guidance adds by itself)"
@@ -289,7 +318,8 @@ def load_base(
             f"{source} holds no model_index.json: expected a folder that a diffusers pipeline was saved to"
         )
     try:
-        pipeline = DiffusionPipeline.from_pretrained(source, revision=revision, dtype=dtype, use_safetensors=True)
+        with _quiet_diffusers():
+            pipeline = DiffusionPipeline.from_pretrained(source, revision=revision, dtype=dtype, use_safetensors=True)
     except Exception as error:  # diffusers and the hub raise many kinds
         raise BaseModelError(
             f"could not load the base model {source!r}"
@@ -298,6 +328,20 @@ def load_base(
         ) from error
     pipeline.set_progress_bar_config(disable=True)
     return base_from_pipeline(pipeline.to(device), str(name), revision)
+
+
+@contextmanager
+def _quiet_diffusers() -> Iterator[None]:
+    """Without diffusers' remarks on a load (class names kept as JSON, a progress bar over three parts)."""
+    verbosity, progress = diffusers_logging.get_verbosity(), diffusers_logging.is_progress_bar_enabled()
+    diffusers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        diffusers_logging.set_verbosity(verbosity)
+        if progress:
+            diffusers_logging.enable_progress_bar()
 
 
 @dataclass

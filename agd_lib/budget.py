@@ -67,7 +67,10 @@ def collection_cost(base: BaseModel, plan: CollectionPlan, batch_size: int = 128
 
 
 def training_cost(base: BaseModel, adapters: AdapterSet, settings: TrainingSettings) -> Cost:
-    """Cost of Algorithm 2, from two forward and backward passes measured now. Adapters and base are left as they were."""
+    """Cost of Algorithm 2, from two forward and backward passes measured now.
+
+    The adapters' weights are left as they were; like :func:`~agd_lib.training.train`, this attaches them to ``base``.
+    """
     batch_size = settings.batch_size
     latents = torch.randn(batch_size, *base.latent_shape, device=base.device)
     timestep = torch.zeros(batch_size, dtype=torch.int64, device=base.device)
@@ -81,6 +84,97 @@ def training_cost(base: BaseModel, adapters: AdapterSet, settings: TrainingSetti
     return Cost(seconds * settings.num_steps)
 
 
+@dataclass(frozen=True)
+class Job:
+    """Something that this repository can do, and what a machine needs for it, in GiB.
+
+    Attributes:
+        name: in words.
+        memory: of the computer. gpu_memory: of one GPU; 0 if the processor alone will do. disk: free space.
+        weights: hub id and revision of weights that must be fetched if they are not on the disk yet; None for none.
+    """
+
+    name: str
+    memory: float
+    gpu_memory: float
+    disk: float
+    weights: tuple[str, str] | None = None
+
+
+_DIT_XL = ("facebook/DiT-XL-2-256", "refs/pr/1")
+
+JOBS = (
+    Job("the notebooks on tiny-dit, with their defaults", 3, 0, 0.5),
+    Job("`make reproduce`: the whole experiment on tiny-dit", 3, 0, 1),
+    Job("a few images by DiT-XL/2 256 on the processor: minutes each", 8, 0, 4, _DIT_XL),
+    Job("images by DiT-XL/2 256 on a GPU", 8, 6, 4, _DIT_XL),
+    Job("the paper's whole experiment on DiT-XL/2 256", 16, 24, 103, _DIT_XL),
+)
+"""The paper used one GPU of 24 GB for everything; its trajectories take 98.3 GB when every step is kept."""
+
+
+def what_runs(folder: str | Path = ".") -> list[tuple[str, bool, str]]:
+    """What this machine can do, decided from what is found: (job, whether it runs, what is missing or must be fetched).
+
+    Args:
+        folder: on the disk that would be written to.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    memory, gpu_memory = _memory_gib(), _gpu_memory_gib()
+    free = shutil.disk_usage(folder).free / 2**30
+    verdicts = []
+    for job in JOBS:
+        needs = (
+            (job.memory, memory, "memory"),
+            (job.gpu_memory, gpu_memory, "on one GPU"),
+            (job.disk, free, "free disk"),
+        )
+        # Machines report a little less than the round number that they are sold by.
+        missing = [
+            f"needs {need:g} GiB {what}, found {found:.0f}" for need, found, what in needs if found < 0.95 * need
+        ]
+        note = "; ".join(missing)
+        if not missing and job.weights:
+            repository, revision = job.weights
+            cached = try_to_load_from_cache(repository, "model_index.json", revision=revision)
+            note = "" if isinstance(cached, str) else "weights are not on this disk: the first use fetches them"
+        verdicts.append((job.name, not missing, note))
+    return verdicts
+
+
+def version_differences() -> list[str]:
+    """Libraries whose installed version is not the one that this repository was tested with, one sentence each."""
+    from importlib.metadata import PackageNotFoundError, requires, version
+
+    from packaging.requirements import Requirement
+
+    differences = []
+    for line in requires("agd-lib") or []:
+        requirement = Requirement(line)
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            installed = version(requirement.name)
+        except PackageNotFoundError:
+            installed = "not installed"
+        if not requirement.specifier.contains(installed.split("+")[0], prereleases=True):
+            differences.append(f"{requirement.name} is {installed}, tested with {requirement.specifier}")
+    return differences
+
+
+def _memory_gib() -> float:
+    import os
+
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+
+
+def _gpu_memory_gib() -> float:
+    """Memory of the largest GPU; 0 without one."""
+    sizes = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
+    return max(sizes, default=0) / 2**30
+
+
 def environment_report(folder: str | Path = ".") -> dict[str, str]:
     """What this machine has: Python and library versions, device, memory, free disk."""
     import os
@@ -89,19 +183,18 @@ def environment_report(folder: str | Path = ".") -> dict[str, str]:
     import accelerate
     import diffusers
 
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     report = {
         "Python": platform.python_version(),
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
         "accelerate": accelerate.__version__,
         "processor cores": str(os.cpu_count()),
-        "memory": f"{memory / 2**30:.0f} GiB",
+        "memory": f"{_memory_gib():.0f} GiB",
         "free disk": f"{shutil.disk_usage(folder).free / 2**30:.0f} GiB",
     }
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         report[f"GPU {index}"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
     if not torch.cuda.is_available():
-        report["GPU"] = "none: the small models run, DiT-XL/2 does not"
+        report["GPU"] = "none: computing on the processor"
     return report

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -141,14 +143,12 @@ def load_reference(path: str | Path, extractor: FeatureExtractor, num_images: in
     Args:
         path: a safetensors file of features (:func:`save_reference`), an ``.npz`` file with ``mu`` and ``sigma``
             (statistics made by clean-fid with the same extractor), or a folder of real images.
-        num_images: use so many images of a folder.
+        num_images: use so many images of a folder, evenly spread over its sorted paths (so over its classes too).
 
     Raises:
-        EvaluationError: if it is missing, empty, malformed, or of another feature size.
+        EvaluationError: if it is missing, empty, malformed, of another extractor, or of too few images.
     """
     path = Path(path)
-    if path.is_dir():
-        return _reference_from_images(path, extractor, num_images)
     if path.suffix == ".npz" and path.is_file():
         try:
             with np.load(path, allow_pickle=False) as file:
@@ -157,32 +157,60 @@ def load_reference(path: str | Path, extractor: FeatureExtractor, num_images: in
             raise EvaluationError(f"{path} is damaged or has no 'mu' and 'sigma': {error}") from error
         reference = Reference(extractor.name, mean, covariance)
     else:
-        features = read_tensors(path, EvaluationError, "reference")
-        if set(features) != {"features"} or features["features"].ndim != 2:
-            raise EvaluationError(f"{path} holds {sorted(features)}, expected one tensor 'features' of shape (N, D)")
-        reference = reference_from_features(extractor.name, features["features"].float())
+        features = (
+            _features_of_folder(path, extractor, num_images) if path.is_dir() else _read_features(path, extractor)
+        )
+        try:
+            reference = reference_from_features(extractor.name, features)
+        except ValueError as error:
+            raise EvaluationError(f"the reference {path} is too small: {error}") from error
     if reference.mean.shape != (extractor.feature_dim,) or reference.covariance.shape != (extractor.feature_dim,) * 2:
         raise EvaluationError(
             f"{path} has statistics of shapes {reference.mean.shape} and {reference.covariance.shape}, but "
             f"{extractor.name} makes {extractor.feature_dim} features: they are from another extractor"
         )
+    if not (np.isfinite(reference.mean).all() and np.isfinite(reference.covariance).all()):
+        raise EvaluationError(f"{path} holds NaN or infinity; make it again")
     return reference
 
 
-def _reference_from_images(folder: Path, extractor: FeatureExtractor, num_images: int | None) -> Reference:
+def _read_features(path: Path, extractor: FeatureExtractor) -> Tensor:
+    tensors = read_tensors(path, EvaluationError, "reference")
+    if set(tensors) != {"features"} or tensors["features"].ndim != 2:
+        raise EvaluationError(f"{path} holds {sorted(tensors)}, expected one tensor 'features' of shape (N, D)")
+    with safe_open(path, framework="pt") as file:
+        made_with = (file.metadata() or {}).get("extractor")
+    if made_with != extractor.name:
+        raise EvaluationError(
+            f"{path} was made with the extractor {made_with}, the samples would be measured with {extractor.name}"
+        )
+    return tensors["features"].float()
+
+
+def _spread(count: int, wanted: int) -> list[int]:
+    """``wanted`` indices (at most ``count``), evenly spread over ``range(count)``."""
+    wanted = min(wanted, count)
+    return [i * count // wanted for i in range(wanted)]
+
+
+def _features_of_folder(folder: Path, extractor: FeatureExtractor, num_images: int | None) -> Tensor:
     from PIL import Image
 
     suffixes = {".png", ".jpg", ".jpeg", ".webp"}
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in suffixes)[:num_images]
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in suffixes)
     if not paths:
         raise EvaluationError(
             f"{folder} holds no images ({', '.join(sorted(suffixes))}); expected a folder of real images"
         )
     features = []
-    for path in tqdm(paths, desc="reference"):
-        pixels = np.asarray(Image.open(path).convert("RGB"), dtype=np.float32) / 255
+    for path in tqdm([paths[i] for i in _spread(len(paths), num_images or len(paths))], desc="reference"):
+        try:
+            with Image.open(path) as image:
+                pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
+        except OSError as error:  # also what PIL raises for damaged images
+            raise EvaluationError(f"the image {path} is damaged: {error}") from error
         features.append(extractor(torch.from_numpy(pixels).permute(2, 0, 1)[None])[0])
-    return reference_from_features(extractor.name, torch.cat(features))
+    return torch.cat(features)
 
 
 def frechet_distance(
@@ -243,8 +271,9 @@ def evaluate(
         reference: made with the same extractor.
         n: more than ``extractor.feature_dim``.
         unguided_latents, cfg_latents: final latents of those guidances from the same seed; with both, the row has an
-            endpoint error ratio.
-        max_reference: reference images used for precision and recall (their cost grows with n times this).
+            endpoint error ratio (None where the two agree, as at scale 1).
+        max_reference: reference images used for precision and recall, evenly spread (their cost grows with n times
+            this).
 
     Raises:
         ValueError: if n is too small. EvaluationError: if reference and extractor do not match.
@@ -281,10 +310,16 @@ def evaluate(
     final, all_features = torch.cat(latents), torch.cat(features)
     precision = recall = accuracy = ratio = None
     if reference.features is not None:
-        precision, recall = precision_recall(all_features, reference.features[:max_reference])
+        precision, recall = precision_recall(
+            all_features, reference.features[_spread(len(reference.features), max_reference)]
+        )
     if predicted:
         accuracy = (torch.cat(predicted) == torch.tensor(conditions)).double().mean().item()
-    if unguided_latents is not None and cfg_latents is not None:
+    if (
+        unguided_latents is not None
+        and cfg_latents is not None
+        and not torch.allclose(unguided_latents, cfg_latents, atol=1e-4)
+    ):
         ratio = endpoint_mse_ratio(final, unguided_latents, cfg_latents)
     row = Row(
         base=base.name,
@@ -315,15 +350,33 @@ def endpoint_mse_ratio(latents: Tensor, unguided_latents: Tensor, cfg_latents: T
         latents, unguided_latents, cfg_latents: final latents (n, C, H, W) from the same noise and conditions.
 
     Raises:
-        ValueError: if the shapes differ.
+        ValueError: if the shapes differ, or the unguided latents are CFG's to the bit.
     """
     if not latents.shape == unguided_latents.shape == cfg_latents.shape:
         raise ValueError(
             f"got latents of shapes {tuple(latents.shape)}, {tuple(unguided_latents.shape)}, {tuple(cfg_latents.shape)}, "
             "expected three alike, from the same noise"
         )
-    error = (latents - cfg_latents).square().mean()
-    return float(error / (unguided_latents - cfg_latents).square().mean())
+    if torch.equal(unguided_latents, cfg_latents):
+        raise ValueError("got unguided latents equal to those of CFG (scale 1?), expected two different ones")
+    error = (latents - cfg_latents).double().square().mean()
+    return float(error / (unguided_latents - cfg_latents).double().square().mean())
+
+
+def within_class_distance(features: Tensor, labels: Sequence[int] | Tensor) -> float:
+    """How different images of one class are: the mean feature distance over all pairs of the same class.
+
+    Args:
+        features: (N, D). labels: N class labels; every class has the same weight.
+
+    Raises:
+        ValueError: if a class has fewer than two images.
+    """
+    labels = torch.as_tensor(labels)
+    counts = {int(label): int((labels == label).sum()) for label in labels.unique()}
+    if len(labels) != len(features) or min(counts.values(), default=0) < 2:
+        raise ValueError(f"got {len(features)} features and images per class {counts}, expected at least 2 per class")
+    return float(torch.stack([torch.pdist(features[labels == label]).mean() for label in counts]).mean())
 
 
 def describe(guidance: Guidance) -> tuple[str, str | None, float, int | None]:

@@ -87,6 +87,7 @@ def write_results(path: str | Path, rows: Iterable[Row]) -> None:
 
 def row_from_dict(value: Any, origin: str) -> Row:
     """Build a row from parsed JSON; raises :class:`ResultsError` naming what is wrong."""
+    value = dict(value) if isinstance(value, dict) else value
     names = {field.name for field in fields(Row)}
     if not isinstance(value, dict) or value.keys() != names:
         found = sorted(value) if isinstance(value, dict) else type(value).__name__
@@ -96,6 +97,11 @@ def row_from_dict(value: Any, origin: str) -> Row:
         kind = "None" if value[field.name] is None else type(value[field.name]).__name__
         if kind not in allowed and not (kind == "int" and "float" in allowed):
             raise ResultsError(f"{origin}: {field.name} is a {kind}, expected {field.type}")
+        if kind == "int" and "float" in allowed:
+            try:
+                value[field.name] = float(value[field.name])
+            except OverflowError as error:
+                raise ResultsError(f"{origin}: {field.name} is too large") from error
     return Row(**value)
 
 
@@ -112,7 +118,7 @@ def read_results(path: str | Path) -> list[Row]:
         raise ResultsError(f"no results at {path}: run `make reproduce` first")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, numbers or nesting beyond Python's limits
         raise ResultsError(f"{path} is not valid JSON ({error}); make it again") from error
     if not isinstance(values, list):
         raise ResultsError(f"{path} holds a {type(values).__name__}, expected a list of rows")
@@ -121,8 +127,9 @@ def read_results(path: str | Path) -> list[Row]:
 
 @dataclass(frozen=True)
 class Summary:
-    """Mean and standard deviation over seeds of one (method, scale)."""
+    """Mean and standard deviation over seeds of one (base, extractor, steps, n, method, scale)."""
 
+    base: str
     method: str
     scale: float
     seeds: int
@@ -136,12 +143,15 @@ MEASURES = ("fd", "precision", "recall", "condition_accuracy", "endpoint_mse_rat
 
 
 def summarise(rows: Sequence[Row]) -> list[Summary]:
-    """One summary per (method, scale), in order of first appearance; the deviation needs at least two seeds."""
-    groups: dict[tuple[str, float], list[Row]] = {}
+    """One summary per (base, extractor, steps, n, method, scale), in order of first appearance.
+
+    The deviation needs at least two seeds.
+    """
+    groups: dict[tuple[str, str, int, int, str, float], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row.method, row.scale), []).append(row)
+        groups.setdefault((row.base, row.extractor, row.steps, row.n, row.method, row.scale), []).append(row)
     summaries = []
-    for (method, scale), group in groups.items():
+    for (base, _, _, n, method, scale), group in groups.items():
         mean: dict[str, float | None] = {}
         deviation: dict[str, float | None] = {}
         for name in MEASURES:
@@ -150,7 +160,7 @@ def summarise(rows: Sequence[Row]) -> list[Summary]:
             mean[name] = statistics.fmean(known) if known else None
             deviation[name] = statistics.stdev(known) if len(known) > 1 else None
         summaries.append(
-            Summary(method, scale, len({row.seed for row in group}), group[0].n, group[0].nfe, mean, deviation)
+            Summary(base, method, scale, len({row.seed for row in group}), n, group[0].nfe, mean, deviation)
         )
     return summaries
 
@@ -159,8 +169,11 @@ def best_scale(rows: Sequence[Row], method: str = "cfg") -> float:
     """The scale at which a method's mean Frechet distance is lowest.
 
     Raises:
-        ResultsError: if no row of the method has one.
+        ResultsError: if no row of the method has one, or the rows are of several bases or extractors.
     """
+    lanes = {(row.base, row.extractor) for row in rows}
+    if len(lanes) > 1:
+        raise ResultsError(f"got rows of {len(lanes)} (base, extractor) pairs, {sorted(lanes)}: compare one at a time")
     known = [(s.mean["fd"], s.scale) for s in summarise(rows) if s.method == method and s.mean["fd"] is not None]
     if not known:
         raise ResultsError(f"no row of method {method!r} has a Frechet distance")
@@ -174,14 +187,15 @@ def _cell(mean: float | None, deviation: float | None, digits: int) -> str:
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table, mean ± standard deviation over seeds."""
+    """The rows as a Markdown table, mean ± standard deviation over seeds; rows of several bases name theirs."""
+    several = len({row.base for row in rows}) > 1
     lines = [
         "| method | scale | NFE | FD | precision | recall | accuracy | endpoint error | ms / image | n x seeds |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for s in summarise(rows):
         values = [
-            s.method,
+            f"{s.base}: {s.method}" if several else s.method,
             f"{s.scale:g}",
             f"{s.nfe:g}",
             _cell(s.mean["fd"], s.deviation["fd"], 3),

@@ -58,9 +58,13 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 }
 """Colour names with their central RGB value; every drawn colour is jittered around it."""
 
-SIZES: dict[str, tuple[float, float]] = {"small": (6.5, 8.0), "medium": (8.0, 10.0), "large": (10.0, 12.5)}
+SIZES: dict[str, tuple[float, float]] = {"small": (8.0, 9.5), "medium": (9.5, 11.5), "large": (11.5, 13.5)}
 """Size names with the range of the shape's circumscribed radius in pixels of a 32-pixel image."""
 
+MAX_ROTATION = 0.35
+"""Shapes are turned by at most so much either way, in radians (20 degrees)."""
+
+_WIDE_SIZES: dict[str, tuple[float, float]] = {"small": (6.5, 8.0), "medium": (8.0, 10.0), "large": (10.0, 12.5)}
 _SUPERSAMPLING = 4
 _MIN_CONTRAST = 120.0  # Euclidean RGB distance between the shape and the nearer end of the background
 
@@ -205,13 +209,15 @@ def _turn(polygon: Polygon, angle: float) -> Polygon:
     return [(c * x - s * y, s * x + c * y) for x, y in polygon]
 
 
-def draw_scene(seed: int, index: int, label: int | None = None) -> Scene:
+def draw_scene(seed: int, index: int, label: int | None = None, wide: bool = False) -> Scene:
     """Draw the ``index``-th scene of the data set with this ``seed``.
 
     Args:
         seed: names the data set; training and held-out images differ in it.
         index: number of the image, >= 0.
         label: class label to fix; by default ``index % 20``, which gives every class the same share.
+        wide: draw from a wider distribution: any rotation, and sizes down to a radius of 6.5 pixels. The autoencoder
+            is trained on it, so that it knows more than the generator has to draw.
 
     Raises:
         ValueError: if ``label`` is not a class label.
@@ -230,10 +236,12 @@ def draw_scene(seed: int, index: int, label: int | None = None) -> Scene:
         if min(math.dist(foreground, start), math.dist(foreground, stop)) >= _MIN_CONTRAST:
             break
     size = str(rng.choice(list(SIZES)))
-    radius = float(rng.uniform(*SIZES[size]))
+    radius = float(rng.uniform(*(_WIDE_SIZES if wide else SIZES)[size]))
     slack = IMAGE_SIZE / 2 - radius
     x, y = (float(IMAGE_SIZE / 2 + rng.uniform(-slack, slack)) for _ in range(2))
     rotation, gradient_angle = (float(a) for a in rng.uniform(0, 2 * math.pi, size=2))
+    if not wide:
+        rotation = MAX_ROTATION * (rotation / math.pi - 1)
     return Scene(
         label=label,
         colour=colour,
@@ -276,13 +284,15 @@ def render(scene: Scene) -> Image.Image:
     return Image.fromarray(np.rint(pixels).clip(0, 255).astype(np.uint8), mode="RGB")
 
 
-def make_images(seed: int, count: int, start: int = 0, labels: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-    """Images ``start`` to ``start + count`` of the data set with this seed.
+def make_images(
+    seed: int, count: int, start: int = 0, labels: Sequence[int] | None = None, wide: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Images ``start`` to ``start + count`` of the data set with this seed; see :func:`draw_scene`.
 
     Returns:
         ``(images, labels)``: uint8 tensor (count, 3, 32, 32) and int64 tensor (count,).
     """
-    scenes = [draw_scene(seed, start + i, None if labels is None else int(labels[i])) for i in range(count)]
+    scenes = [draw_scene(seed, start + i, None if labels is None else int(labels[i]), wide) for i in range(count)]
     pixels = np.stack([np.asarray(render(scene)) for scene in scenes])
     return (
         torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(),

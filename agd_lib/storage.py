@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,34 +32,51 @@ def _sync(path: Path) -> None:
 def writing(path: Path) -> Iterator[Path]:
     """Give a temporary name beside ``path``; on success flush it to disk and rename it to ``path``.
 
-    Works for a file and for a folder (make the folder inside the block; an older folder is replaced).
+    Works for a file and for a folder (make the folder inside the block; an older folder is replaced). Whatever is
+    raised on the way, ``path`` is whole afterwards: as it was before, or new.
 
     Raises:
         WriteError: if the system refuses a write (disk full, no permission); the temporary file is removed.
     """
-    temporary = path.with_name(f".{path.name}.partial")
-    _remove(temporary)
+    temporary, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _restore(old, path)  # of a run that was killed between the two renames below
+        _remove(temporary)
         yield temporary
         if temporary.is_dir():
             for item in temporary.rglob("*"):
                 _sync(item)
-            if path.exists():
-                _remove(path)
         _sync(temporary)
+        if temporary.is_dir() and path.exists():  # a full folder cannot be replaced in one step
+            os.replace(path, old)
         os.replace(temporary, path)
         _sync(path.parent)
+        _remove(old)
     except (OSError, SafetensorError) as error:
-        _remove(temporary)
+        _clean_up(temporary, old, path)
         free = shutil.disk_usage(next(p for p in [path.parent, *path.parents] if p.exists())).free
         raise WriteError(
             f"could not write {path}: {error} ({free / 2**20:.0f} MiB free there). Nothing half-written was left; "
             "make room or choose another folder, then run the same command again: it resumes."
         ) from error
     except BaseException:
-        _remove(temporary)
+        _clean_up(temporary, old, path)
         raise
+
+
+def _clean_up(temporary: Path, old: Path, path: Path) -> None:
+    for action in (lambda: _remove(temporary), lambda: _restore(old, path)):
+        with suppress(OSError):  # the error that led here says more
+            action()
+
+
+def _restore(old: Path, path: Path) -> None:
+    """Put the folder that was set aside back, or remove it where its successor is in place."""
+    if path.exists():
+        _remove(old)
+    elif old.exists():
+        old.rename(path)
 
 
 def _remove(path: Path) -> None:
@@ -77,7 +94,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path, error: type[AGDError], what: str) -> dict[str, Any]:
-    """Read a JSON object.
+    """Read a JSON object. NaN and infinity are refused.
 
     Args:
         error: exception class to raise. what: name of the file in the message, such as ``"adapter config"``.
@@ -85,12 +102,16 @@ def read_json(path: Path, error: type[AGDError], what: str) -> dict[str, Any]:
     if not path.is_file():
         raise error(f"no {what} at {path}: the file does not exist")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as cause:
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as cause:  # not UTF-8, not JSON, numbers or nesting beyond Python's limits
         raise error(f"the {what} {path} is not valid JSON ({cause}); restore it or make it again") from cause
     if not isinstance(value, dict):
         raise error(f"the {what} {path} holds a {type(value).__name__}, expected a JSON object")
     return value
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -108,7 +129,7 @@ def read_tensors(path: Path, error: type[AGDError], what: str) -> dict[str, Tens
         error: if the file is missing, a pickle, truncated or malformed.
     """
     path = Path(path)
-    if path.suffix in PICKLE_SUFFIXES:
+    if path.suffix.lower() in PICKLE_SUFFIXES:
         raise error(
             f"{path} is a pickled file and pickles can run any code: this library loads safetensors only. "
             "An adapter checkpoint of the paper's authors is converted by agd_lib.convert.convert_authors_checkpoint"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,19 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .evaluation import ShapesFeatures, save_reference
 from .extractor import ShapesExtractor
-from .shapes import IMAGE_SIZE, SHAPES, draw_scene, make_images
+from .project import ROOT
+from .shapes import IMAGE_SIZE, SHAPES, draw_scene, iter_images, make_images
 
-TRAIN_SEED, HELD_OUT_SEED = 1, 2
-"""Seeds of the training and of the held-out images."""
+TRAIN_SEED, HELD_OUT_SEED, REFERENCE_SEED = 1, 2, 3
+"""Seeds of the images for training, for the extractor's accuracy, and for the reference that samples are compared to."""
+
+NUM_REFERENCE = 5_000
+"""Images of the reference."""
+
+DIT_CYCLES: tuple[tuple[int, float], ...] = ((6_000, 2e-3), (4_000, 1.5e-3))
+"""(steps, peak learning rate) of the denoiser's one-cycle schedules, one after another."""
 
 
 def scene_attributes(seed: int, count: int) -> Tensor:
@@ -47,6 +55,10 @@ def scene_attributes(seed: int, count: int) -> Tensor:
 
 def _to_float(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1
+
+
+def _to_unit(images: Tensor) -> Tensor:
+    return images.float() / 255
 
 
 def _batches(count: int, batch_size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -159,13 +171,13 @@ def encode_all(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def new_dit() -> DiTTransformer2DModel:
-    """The untrained denoiser: width 160, depth 6, patch 2, classes 0-19 and the null class 20.
+    """The untrained denoiser: width 128, depth 6, patch 2, classes 0-19 and the null class 20.
 
     As in DiT, every adaptive layer norm starts at zero (adaLN-Zero), and one timestep-and-label embedder serves all
     blocks (diffusers gives each block a copy of it; here the copies are one module while training).
     """
     dit = DiTTransformer2DModel(
-        num_attention_heads=5,
+        num_attention_heads=4,
         attention_head_dim=32,
         in_channels=4,
         out_channels=4,
@@ -204,10 +216,9 @@ def train_dit(
     label_dropout: float = 0.1,
     ema_decay: float = 0.999,
     seed: int = 0,
-    snapshots: Path | None = None,
-    snapshot_every: int = 1000,
+    start: DiTTransformer2DModel | None = None,
 ) -> DiTTransformer2DModel:
-    """Train the denoiser on latents; returns the exponential moving average of its weights.
+    """Train the denoiser on latents for one cycle; returns the exponential moving average of its weights.
 
     The loss is the epsilon error weighted by min(SNR, 5) / SNR (min-SNR weighting, arXiv 2303.09556), and a tenth of
     the labels is replaced by the null class, once for all blocks.
@@ -215,6 +226,7 @@ def train_dit(
     Args:
         mean, std: (N, 4, 8, 8), the autoencoder's posteriors; a latent is drawn anew at every use.
         labels: (N,) int64.
+        start: go on from the result of an earlier cycle; None for a new model.
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -223,6 +235,8 @@ def train_dit(
     snr = alphas_cumprod / (1 - alphas_cumprod)
     weights = snr.clamp(max=5.0) / snr
     dit = new_dit().train()
+    if start is not None:
+        dit.load_state_dict(start.state_dict())
     for block in dit.transformer_blocks:
         block.norm1.emb.eval()  # diffusers would drop labels here, independently in every block
     ema = copy.deepcopy(dit).eval()
@@ -248,8 +262,6 @@ def train_dit(
             decay = min(ema_decay, (1 + step) / (10 + step))
             torch._foreach_lerp_(list(ema.parameters()), list(dit.parameters()), 1 - decay)
         progress.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
-        if snapshots is not None and step % snapshot_every == 0 and step < steps:
-            _untied(ema).save_pretrained(snapshots / f"step-{step:06d}")
     return _untied(ema)
 
 
@@ -264,6 +276,7 @@ def _untied(dit: DiTTransformer2DModel) -> DiTTransformer2DModel:
 def _publish(model: Any, folder: Path) -> None:
     """Save under a temporary name, then rename: the folder is whole or absent."""
     temporary = folder.with_name(f".{folder.name}.partial")
+    folder.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
     temporary.rename(folder)
@@ -272,32 +285,50 @@ def _publish(model: Any, folder: Path) -> None:
 def build_tiny_dit(
     output: Path,
     num_images: int = 60_000,
-    extractor_steps: int = 3_000,
+    extractor_steps: int = 1_500,
     vae_steps: int = 2_400,
-    dit_steps: int = 8_000,
-    snapshots: Path | None = None,
+    dit_cycles: Sequence[tuple[int, float]] = DIT_CYCLES,
+    work: Path = ROOT / "runs" / "build" / "tiny-dit",
 ) -> None:
-    """Train autoencoder, denoiser and extractor, and save them as ``output`` (a ``DiTPipeline`` folder)."""
+    """Train autoencoder, denoiser and extractor, and save them as ``output`` (a ``DiTPipeline`` folder).
+
+    Args:
+        dit_cycles: see :data:`DIT_CYCLES`. work: where the denoiser is kept after each cycle but the last.
+    """
     output.mkdir(parents=True, exist_ok=True)
     images, labels = make_images(TRAIN_SEED, num_images)
     if not (output / "vae").exists():
-        _publish(train_vae(images, vae_steps), output / "vae")
+        _publish(train_vae(make_images(TRAIN_SEED, num_images, wide=True)[0], vae_steps), output / "vae")
     if not (output / "transformer").exists():
         vae = AutoencoderKL.from_pretrained(output / "vae")
         mean, std = encode_all(vae, images)
-        dit = train_dit(mean, std, labels, vae.config.scaling_factor, dit_steps, snapshots=snapshots)
+        dit = None
+        for cycle, (steps, learning_rate) in enumerate(dit_cycles):
+            finished = work / f"cycle-{cycle}"
+            if finished.exists():
+                dit = DiTTransformer2DModel.from_pretrained(finished)
+                continue
+            dit = train_dit(
+                mean, std, labels, vae.config.scaling_factor, steps, learning_rate=learning_rate, seed=cycle, start=dit
+            )
+            _publish(dit, finished)
         _publish(dit, output / "transformer")
     if not (output / "extractor").exists():
         extractor = train_extractor(images, labels, scene_attributes(TRAIN_SEED, num_images), extractor_steps)
         held_out = make_images(HELD_OUT_SEED, 5_000)
         print(f"extractor: held-out accuracy {extractor_accuracy(extractor, *held_out):.4f}", flush=True)
         _publish(extractor, output / "extractor")
+    if not (output / "reference.safetensors").exists():
+        features = ShapesFeatures(output / "extractor")
+        batches = [features(_to_unit(batch))[0] for batch, _ in iter_images(REFERENCE_SEED, NUM_REFERENCE)]
+        save_reference(output / "reference.safetensors", torch.cat(batches), features.name)
     pipeline = DiTPipeline(
         transformer=DiTTransformer2DModel.from_pretrained(output / "transformer"),
         vae=AutoencoderKL.from_pretrained(output / "vae"),
         scheduler=new_scheduler(),
-        id2label={label: name for label, name in enumerate(SHAPES)},
+        id2label=dict(enumerate(SHAPES)),
     )
+    pipeline.register_to_config(id2label=dict(enumerate(SHAPES)))  # diffusers itself forgets the names when it saves
     pipeline.save_pretrained(output)
 
 
@@ -306,18 +337,16 @@ def main() -> None:
     parser.add_argument("model", choices=["dit"])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--num-images", type=int, default=60_000)
-    parser.add_argument("--extractor-steps", type=int, default=3_000)
+    parser.add_argument("--extractor-steps", type=int, default=1_500)
     parser.add_argument("--vae-steps", type=int, default=2_400)
-    parser.add_argument("--dit-steps", type=int, default=8_000)
-    parser.add_argument("--snapshots", type=Path, default=None, help="folder for the denoiser every 1,000 steps")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "build" / "tiny-dit", help="unfinished work")
     arguments = parser.parse_args()
     build_tiny_dit(
         arguments.output,
         arguments.num_images,
         arguments.extractor_steps,
         arguments.vae_steps,
-        arguments.dit_steps,
-        arguments.snapshots,
+        work=arguments.work,
     )
 
 

@@ -9,8 +9,10 @@ the conditional model. With ``accelerate launch`` every process takes its share 
 
 from __future__ import annotations
 
+import json
 import math
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -115,7 +117,7 @@ def timestep_weights(store: TrajectoryStore, num_bins: int = 20) -> Tensor:
     sums = torch.zeros(num_bins, dtype=torch.float64).index_add(0, bins, signal)
     counts = torch.zeros(num_bins, dtype=torch.float64).index_add(0, bins, torch.ones_like(signal))
     mean = torch.where(counts > 0, sums / counts.clamp(min=1), signal.mean())
-    weights = 1 / mean.clamp(min=1e-3 * float(signal.mean()))
+    weights = 1 / mean.clamp(min=max(1e-3 * float(signal.mean()), 1e-12))
     weights = weights / weights[bins].mean()
     return weights[torch.arange(total) * num_bins // total].float()
 
@@ -155,11 +157,13 @@ def train(
         adapters: trained in place.
         store: complete, and collected with this base model.
         checkpoints: folder for checkpoints; with one there, training resumes from it exactly.
-        checkpoint_every: steps between checkpoints; one more is written at the end.
+        checkpoint_every: steps between checkpoints; one more is written at the end. The newest two are kept.
         accelerator: to train with several processes or devices (``accelerate launch``).
 
     Raises:
-        StoreError: if the store is incomplete, of another base model, or of another guidance range than the adapters'.
+        ValueError: if the batch cannot be shared out evenly among the processes.
+        StoreError: if the store is incomplete, of another base model, or its guidance range or its number of guided
+            channels is not the adapters'.
         CheckpointError: if a checkpoint is damaged or of other settings, or the loss becomes NaN or infinite.
         WriteError: if a checkpoint cannot be written.
     """
@@ -172,20 +176,24 @@ def train(
             f"{store.folder} was collected with guidance range {store.manifest['guidance_range']}, the adapters are "
             f"made for {adapters.config.guidance_range}: create them with guidance_range=that of the store"
         )
+    if store.manifest["guided_channels"] != adapters.config.guided_channels:
+        raise StoreError(
+            f"{store.folder} was collected with {store.manifest['guided_channels']} guided channels, the adapters are made "
+            f"for {adapters.config.guided_channels}: create them with guided_channels=that of the store"
+        )
     accelerator = accelerator or Accelerator(cpu=base.device.type == "cpu")
+    if checkpoint_every < 1 or settings.batch_size % accelerator.num_processes:
+        raise ValueError(
+            f"got batch size {settings.batch_size} for {accelerator.num_processes} processes and a checkpoint every "
+            f"{checkpoint_every} steps, expected a multiple of the number of processes, and at least 1"
+        )
     optimizer = torch.optim.Adam(adapters.parameters(), lr=settings.learning_rate)
     weights = timestep_weights(store) if settings.weighting == "timestep" else None
-    identity = {
-        "settings": asdict(settings),
-        "store": [shard["sha256"] for shard in store.manifest["shards"]],
-        "adapter_kind": adapters.config.kind,
-        "hidden_size": adapters.config.hidden_size,
-    }
+    identity = _identity(settings, store, adapters)
     folder = Path(checkpoints) if checkpoints else None
-    start = _resume(folder, adapters, optimizer, identity) if folder else 0
-    adapters.train()
     student, optimizer = accelerator.prepare(Student(base, adapters), optimizer)
     base.denoiser.eval()
+    start = _resume(folder, adapters, optimizer, identity) if folder else 0
     for step in range(start, settings.num_steps):
         indices = batch_indices(len(store), settings.batch_size, step, settings.seed)
         share = indices[accelerator.process_index :: accelerator.num_processes]
@@ -209,10 +217,68 @@ def train(
         if folder and accelerator.is_main_process and (done % checkpoint_every == 0 or done == settings.num_steps):
             _save(folder, done, adapters, optimizer, identity)
         yield TrainingState(done, loss.item(), learning_rate, batch.timestep, squared_error.detach())
-    adapters.eval()
 
 
-# Checkpoints: step-000500/{adapters,optimizer}.safetensors and training.json; the newest two are kept -------------------
+@torch.no_grad()
+def state_errors(base: BaseModel, adapters: AdapterSet, store: TrajectoryStore, batch_size: int = 256) -> Tensor:
+    """The mean squared error of the single-pass prediction at every recorded state, (len(store),), on the CPU.
+
+    Untrained adapters give the store's ``signal``: the error of doing nothing. The adapters stay attached.
+    """
+    student = Student(base, adapters)
+    errors = []
+    for indices in torch.arange(len(store)).split(batch_size):
+        batch = store.batch(indices).to(base.device)
+        prediction = student(batch.latents, batch.timestep, batch.condition, batch.guidance_scale)
+        errors.append((prediction - batch.target).square().flatten(1).mean(dim=1).cpu())
+    return torch.cat(errors)
+
+
+class TrainingLog:
+    """The losses of a run and whatever was sampled on the way, in one file: a resumed run still has its whole curve.
+
+    Args:
+        path: a safetensors file; read if it is there.
+
+    Attributes:
+        losses: step -> loss. snapshots: step -> a tensor (final latents, say).
+
+    Raises:
+        CheckpointError: if the file is damaged.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.losses: dict[int, float] = {}
+        self.snapshots: dict[int, Tensor] = {}
+        if self.path.is_file():
+            tensors = read_tensors(self.path, CheckpointError, "training log")
+            self.losses = dict(zip(tensors.pop("step").tolist(), tensors.pop("loss").tolist()))
+            self.snapshots = {int(name.removeprefix("snapshot.")): value for name, value in tensors.items()}
+
+    def save(self) -> None:
+        """Write the file, whole or not at all."""
+        columns = {
+            "step": torch.tensor(list(self.losses), dtype=torch.int64),
+            "loss": torch.tensor(list(self.losses.values()), dtype=torch.float64),
+        }
+        write_tensors(self.path, columns | {f"snapshot.{step}": value for step, value in self.snapshots.items()})
+
+
+# Checkpoints: step-0000500/{adapters,optimizer}.safetensors and training.json; the newest two are kept ------------------
+
+_FILES = ("adapters.safetensors", "optimizer.safetensors")
+
+
+def _identity(settings: TrainingSettings, store: TrajectoryStore, adapters: AdapterSet) -> dict[str, Any]:
+    """What a checkpoint must agree in for a run to go on from it, as JSON would give it back."""
+    run = {f"settings.{name}": value for name, value in asdict(settings).items()}
+    run |= {
+        f"adapters.{name}": value
+        for name, value in asdict(adapters.config).items()
+        if name not in ("base_name", "base_revision", "library_version")
+    }
+    return json.loads(json.dumps(run | {"store": [shard["sha256"] for shard in store.manifest["shards"]]}))
 
 
 def _save(folder: Path, step: int, adapters: AdapterSet, optimizer: Any, identity: dict[str, Any]) -> None:
@@ -227,12 +293,10 @@ def _save(folder: Path, step: int, adapters: AdapterSet, optimizer: Any, identit
         temporary.mkdir()
         write_tensors(temporary / "adapters.safetensors", adapters.state_dict())
         write_tensors(temporary / "optimizer.safetensors", moments)
-        checksums = {name: sha256(temporary / name) for name in ("adapters.safetensors", "optimizer.safetensors")}
+        checksums = {name: sha256(temporary / name) for name in _FILES}
         write_json(temporary / "training.json", {"step": step, "sha256": checksums, **identity})
     for old in _all(folder)[:-2]:
-        for file in old.iterdir():
-            file.unlink()
-        old.rmdir()
+        shutil.rmtree(old)
 
 
 def _all(folder: Path) -> list[Path]:
@@ -245,7 +309,7 @@ def _latest(folder: Path) -> Path | None:
     return (_all(folder) or [None])[-1]  # type: ignore[list-item]
 
 
-def _resume(folder: Path, adapters: AdapterSet, optimizer: torch.optim.Adam, identity: dict[str, Any]) -> int:
+def _resume(folder: Path, adapters: AdapterSet, optimizer: Any, identity: dict[str, Any]) -> int:
     """Load the newest checkpoint into adapters and optimiser; returns the number of steps done (0: none)."""
     latest = _latest(folder)
     if latest is None:
@@ -257,17 +321,20 @@ def _resume(folder: Path, adapters: AdapterSet, optimizer: torch.optim.Adam, ide
             f"the checkpoint {latest} is of a run with another {' and '.join(different)}; continue that run with its own "
             "settings, or choose another folder"
         )
-    for name, checksum in state["sha256"].items():
-        if not (latest / name).is_file() or sha256(latest / name) != checksum:
-            raise CheckpointError(
-                f"{latest / name} is damaged (missing, truncated or edited); remove {latest}: training goes on from the "
-                "checkpoint before it"
-            )
+    checksums = state["sha256"] if isinstance(state.get("sha256"), dict) else {}
+    damaged = [name for name in _FILES if not (latest / name).is_file() or sha256(latest / name) != checksums.get(name)]
+    if state.get("step") != int(latest.name.removeprefix("step-")):
+        damaged.append("training.json")
+    if damaged:
+        raise CheckpointError(
+            f"{latest / damaged[0]} is damaged (missing, truncated or edited); remove {latest}: training goes on from the "
+            "checkpoint before it"
+        )
     adapters.load_state_dict(read_tensors(latest / "adapters.safetensors", CheckpointError, "checkpoint"))
     moments = read_tensors(latest / "optimizer.safetensors", CheckpointError, "checkpoint")
     for name, parameter in adapters.named_parameters():
         optimizer.state[parameter] = {
-            key: moments[f"{key}.{name}"].clone()
+            key: moments[f"{key}.{name}"].clone().to("cpu" if key == "step" else parameter.device)
             for key in ("step", "exp_avg", "exp_avg_sq")
             if f"{key}.{name}" in moments
         }

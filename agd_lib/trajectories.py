@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -64,11 +64,19 @@ class CollectionPlan:
 
     def __post_init__(self) -> None:
         check_guidance_range(self.guidance_range)
-        for name in ("num_trajectories", "num_inference_steps", "trajectories_per_shard"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"got {name} = {getattr(self, name)}, expected at least 1")
+        for name in ("num_trajectories", "num_inference_steps", "trajectories_per_shard", "guided_channels"):
+            value = getattr(self, name)
+            if not (isinstance(value, int) and value >= 1) and not (name == "guided_channels" and value is None):
+                raise ValueError(f"got {name} = {value!r}, expected a whole number of at least 1")
+        if not (isinstance(self.seed, int) and self.seed >= 0):
+            raise ValueError(f"got seed {self.seed!r}, expected a whole number of at least 0")
         if not self.conditions:
             raise ValueError("got no conditions, expected at least one class label or prompt")
+        strange = [condition for condition in self.conditions if not isinstance(condition, int | str)]
+        if strange:
+            raise ValueError(
+                f"got the condition {strange[0]!r}, expected class labels (int), or names or prompts (str)"
+            )
         kept = self.steps_per_trajectory
         if kept != "all" and not (isinstance(kept, int) and 1 <= kept <= self.num_inference_steps):
             raise ValueError(
@@ -85,7 +93,11 @@ class CollectionPlan:
     @property
     def num_shards(self) -> int:
         """Files that the store will consist of."""
-        return math.ceil(self.num_trajectories / self.trajectories_per_shard)
+        return _ceil_div(self.num_trajectories, self.trajectories_per_shard)
+
+
+def _ceil_div(count: int, size: int) -> int:
+    return -(-count // size)
 
 
 @dataclass(frozen=True)
@@ -110,45 +122,53 @@ def collect_batch(base: BaseModel, plan: CollectionPlan, indices: Sequence[int])
     """Algorithm 1 for a batch of trajectories: draw w, run the CFG-guided sampler from noise, record its states.
 
     Returns:
-        Rows in the order of the trajectories, then of the steps: ``latents`` and ``target`` (R, C, H, W), ``timestep``
-        (R,) int64, ``guidance_scale`` (R,) float32, ``condition`` (R,) int64 (index into ``plan.conditions``), and
-        ``signal`` (R,) float32: the mean square of what guidance adds, ``target - conditional prediction``.
+        Rows in the order of the trajectories, then of the steps: ``latents`` (as the denoiser saw them, after the
+        scheduler's input scaling if it has one) and ``target`` (R, C, H, W), ``timestep`` (R,) int64,
+        ``guidance_scale`` (R,) float32, ``condition`` (R,) int64 (index into ``plan.conditions``), and ``signal`` (R,)
+        float32: the mean square of what guidance adds, ``target - conditional prediction``.
     """
     draws = [draw_trajectory(plan, index) for index in indices]
-    condition_indices = [index % len(plan.conditions) for index in indices]
-    condition = base.encode([plan.conditions[i] for i in condition_indices])
+    kept = torch.zeros(len(draws), plan.num_inference_steps, dtype=torch.bool)  # (B, steps)
+    for row, draw in enumerate(draws):
+        kept[row, list(draw.kept_steps)] = True
+    condition_indices = torch.tensor([index % len(plan.conditions) for index in indices])
+    condition = base.encode([plan.conditions[i] for i in condition_indices.tolist()])
     scales = torch.tensor([draw.guidance_scale for draw in draws], dtype=torch.float32, device=base.device)
     generators = [draw.generator for draw in draws]
     latents = initial_latents(base, generators)
     teacher = _RecordingCFG(scales, plan.guided_channels)
-    rows: list[list[dict[str, Tensor]]] = [[] for _ in indices]
+    records = []  # one for each step
     for step in sample(base, condition, teacher, plan.num_inference_steps, latents=latents, generators=generators):
-        for row, draw in enumerate(draws):
-            if step.index in draw.kept_steps:
-                rows[row].append(
-                    {
-                        "latents": step.latents[row],
-                        "target": step.prediction[row],
-                        "timestep": torch.tensor(step.timestep),
-                        "guidance_scale": scales[row],
-                        "condition": torch.tensor(condition_indices[row]),
-                        "signal": teacher.signal[row],
-                    }
-                )
-    flat = [record for trajectory in rows for record in trajectory]
-    return {name: torch.stack([record[name].cpu() for record in flat]) for name in flat[0]}
+        rows = kept[:, step.index].nonzero()[:, 0]  # the trajectories that keep this step
+        on_device = rows.to(base.device)
+        records.append(
+            {
+                "latents": teacher.latents[on_device].cpu(),
+                "target": step.prediction[on_device].cpu(),
+                "timestep": torch.full_like(rows, step.timestep),
+                "guidance_scale": scales[on_device].cpu(),
+                "condition": condition_indices[rows],
+                "signal": teacher.signal[on_device].cpu(),
+                "trajectory": rows,
+            }
+        )
+    columns = {name: torch.cat([record[name] for record in records]) for name in records[0]}
+    order = columns.pop("trajectory").argsort(stable=True)
+    return {name: column[order] for name, column in columns.items()}
 
 
 class _RecordingCFG:
-    """CFG that remembers the mean square of what guidance added at the last step, one value per sample."""
+    """CFG that remembers its last step: the latents that it was given, and the mean square of what guidance added."""
 
     def __init__(self, scales: Tensor, guided_channels: int | None) -> None:
         self.cfg = CFG(scales, guided_channels)
         self.scales = scales
+        self.latents = torch.empty(0)
         self.signal = torch.zeros_like(scales)
 
     def predict(self, base: BaseModel, latents: Tensor, timestep: int, condition: Condition) -> Tensor:
         conditional, unconditional = self.cfg.both(base, latents, timestep, condition)
+        self.latents = latents
         target = self.cfg.combine(unconditional, conditional, self.scales.to(latents.dtype))
         self.signal = (target - conditional).float().square().flatten(1).mean(dim=1)
         return target
@@ -168,22 +188,25 @@ def collect(
         batch_size: trajectories side by side; each makes two forward passes a step.
 
     Raises:
-        StoreError: if the folder holds a store with another plan or of another base model, or damaged shards.
+        StoreError: if the folder holds a store with another plan or of another base model, or damaged shards; if a
+            prediction is NaN or infinite, also after rounding to the plan's dtype.
         WriteError: if the disk is full.
-        ValueError: for an unknown condition.
+        ValueError: for an unknown condition, more guided channels than the latents have, or a number of steps that the
+            scheduler cannot make.
     """
     folder = Path(folder)
+    _check_plan(base, plan)
     header = _header(base, plan)
-    base.encode(plan.conditions)  # an unknown condition is found before any work is done
     if (folder / MANIFEST).exists():
         manifest = read_manifest(folder)
-        different = [key for key in header if manifest.get(key) != header[key]]
+        different = [key for key in header if key != "base_name" and manifest.get(key) != header[key]]
         if different:
             raise StoreError(
                 f"{folder} holds a store that differs in {', '.join(different)}: "
                 + "; ".join(f"{key} is {manifest.get(key)!r} there, {header[key]!r} here" for key in different[:2])
                 + ". Choose another folder, or remove that one"
             )
+        TrajectoryStore(folder)  # damaged shards are found before any work is done
     else:
         manifest = {**header, "shards": []}
         write_tensors(folder / CONDITIONS, base.encode(plan.conditions))
@@ -199,26 +222,47 @@ def collect(
             for start in tqdm(starts, desc=label, disable=not progress)
         ]
         rows = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
-        _check_finite(rows, indices)
         for name in ("latents", "target"):
             rows[name] = rows[name].to(_DTYPES[plan.dtype])
+        _check_finite(rows, indices)
         path = folder / f"shard-{shard:05d}.safetensors"
         write_tensors(path, rows)
         entry = {"file": path.name, "rows": len(rows["timestep"]), "bytes": path.stat().st_size, "sha256": sha256(path)}
         manifest["shards"].append(entry)
         write_json(folder / MANIFEST, manifest)  # lists the shard only now that it is whole
-    return TrajectoryStore(folder)
+    return TrajectoryStore(folder, check=False)
 
 
 def _check_finite(rows: dict[str, Tensor], indices: Sequence[int]) -> None:
-    for name in ("latents", "target"):
-        finite = torch.isfinite(rows[name]).flatten(1).all(dim=1)
-        if not bool(finite.all()):
-            bad = int((~finite).nonzero()[0])
-            raise StoreError(
-                f"{name} of trajectory {indices[bad * len(indices) // len(finite)]} at timestep "
-                f"{int(rows['timestep'][bad])} is NaN or infinite; collect in float32, or at a smaller guidance scale"
-            )
+    names = ("latents", "target")
+    finite = torch.stack([torch.isfinite(rows[name]).flatten(1).all(dim=1) for name in names])  # (2, R)
+    if not bool(finite.all()):
+        bad = int((~finite.all(dim=0)).nonzero()[0])
+        name = names[int(finite[0, bad])]
+        raise StoreError(
+            f"the {name} of trajectory {indices[bad * len(indices) // finite.shape[1]]} at timestep "
+            f"{int(rows['timestep'][bad])} is NaN or infinite as {str(rows[name].dtype).removeprefix('torch.')}; "
+            "collect with a base model and dtype of float32, or at smaller guidance scales"
+        )
+
+
+def _check_plan(base: BaseModel, plan: CollectionPlan) -> None:
+    """Raises ``ValueError`` for what this base model cannot do, before any work is done."""
+    base.encode(plan.conditions)
+    channels, steps = base.latent_shape[0], plan.num_inference_steps
+    if (plan.guided_channels or 1) > channels:
+        raise ValueError(
+            f"got guided_channels = {plan.guided_channels}, expected at most the {channels} of {base.name}"
+        )
+    if steps > base.num_train_timesteps:
+        raise ValueError(f"got {steps} steps, expected 1 to {base.num_train_timesteps}")
+    scheduler = copy.deepcopy(base.scheduler)
+    scheduler.set_timesteps(steps)
+    if len(scheduler.timesteps) != steps:
+        raise ValueError(
+            f"{type(scheduler).__name__} makes {len(scheduler.timesteps)} calls of the denoiser for {steps} steps, expected "
+            "one a step: give the pipeline another scheduler, such as DDIMScheduler"
+        )
 
 
 def _header(base: BaseModel, plan: CollectionPlan) -> dict[str, Any]:
@@ -241,6 +285,32 @@ def _plain(config: Any) -> dict[str, Any]:
     return {k: v for k, v in dict(config).items() if not k.startswith("_") and isinstance(v, str | int | float | bool)}
 
 
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and value >= 1
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(w, int | float) for w in value)
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(_is_count(n) and n < 65_536 for n in value)
+
+
+_MANIFEST_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "latent_shape": (_is_shape, "three sizes [C, H, W]"),
+    "num_trajectories": (_is_count, "a whole number from 1"),
+    "trajectories_per_shard": (_is_count, "a whole number from 1"),
+    "num_train_timesteps": (_is_count, "a whole number from 1"),
+    "guidance_range": (_is_pair, "[w_min, w_max]"),
+    "dtype": (lambda value: isinstance(value, str) and value in _DTYPES, f"one of: {', '.join(_DTYPES)}"),
+    "base_name": (lambda value: isinstance(value, str), "a name"),
+    "base_fingerprint": (lambda value: isinstance(value, str), "a checksum"),
+    "shards": (lambda value: isinstance(value, list), "a list"),
+}
+"""What the library reads of a manifest, with a test for each and what it expects."""
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Read and check a store's manifest.
 
@@ -252,11 +322,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise StoreError(
             f"{folder} has store format version {manifest.get('format_version')!r}, this library reads {FORMAT_VERSION}"
         )
-    shape, shards = manifest.get("latent_shape"), manifest.get("shards")
-    if not (isinstance(shape, list) and len(shape) == 3 and all(isinstance(n, int) and 0 < n < 65_536 for n in shape)):
-        raise StoreError(f"the manifest in {folder} gives latent_shape {shape!r}, expected three sizes [C, H, W]")
-    if not isinstance(shards, list):
-        raise StoreError(f"the manifest in {folder} gives no list of shards; restore it or collect again")
+    for name, (fits, expected) in _MANIFEST_FIELDS.items():
+        if not fits(manifest.get(name)):
+            raise StoreError(f"the manifest in {folder} gives {name} = {manifest.get(name)!r}, expected {expected}")
+    shards, planned = manifest["shards"], _ceil_div(manifest["num_trajectories"], manifest["trajectories_per_shard"])
+    if len(shards) > planned:
+        raise StoreError(f"the manifest in {folder} lists {len(shards)} shards, its plan has {planned}")
     for number, shard in enumerate(shards):
         fits = (
             isinstance(shard, dict)
@@ -317,6 +388,8 @@ class TrajectoryStore:
         files |= {shard["file"]: shard["sha256"] for shard in self.manifest["shards"]}
         for name, checksum in files.items():
             path = self.folder / name
+            if path.is_symlink():
+                raise StoreError(f"{path} is a link, expected a file: a store reads nothing outside its own folder")
             if not path.is_file():
                 raise StoreError(f"{path} is missing, though the manifest lists it; restore it or collect again")
             if sha256(path) != checksum:
@@ -325,18 +398,22 @@ class TrajectoryStore:
     def _open(self, shard: dict[str, Any]) -> dict[str, Tensor]:
         path = self.folder / shard["file"]
         tensors = read_tensors(path, StoreError, "shard")
-        rows, latent = shard["rows"], (shard["rows"], *self.manifest["latent_shape"])
-        expected = {name: (rows,) for name in ("timestep", "guidance_scale", "condition", "signal")}
-        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        if shapes != expected | {"latents": latent, "target": latent}:
-            raise StoreError(f"{path} holds tensors of shapes {shapes}, the manifest says {rows} rows of {latent[1:]}")
+        rows, dtype = shard["rows"], _DTYPES[self.manifest["dtype"]]
+        state = (rows, *self.manifest["latent_shape"]), dtype
+        index, number = ((rows,), torch.int64), ((rows,), torch.float32)
+        expected = {"latents": state, "target": state, "timestep": index, "condition": index}
+        expected |= {"guidance_scale": number, "signal": number}
+        found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+        if found != expected:
+            raise StoreError(f"{path} holds the tensors {found}, the manifest asks for {expected}")
         return tensors
 
     @property
     def complete(self) -> bool:
         """Whether every shard of the plan is there."""
-        planned = math.ceil(self.manifest["num_trajectories"] / self.manifest["trajectories_per_shard"])
-        return len(self._shards) == planned
+        return len(self._shards) == _ceil_div(
+            self.manifest["num_trajectories"], self.manifest["trajectories_per_shard"]
+        )
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -376,6 +453,23 @@ def predicted_size(base: BaseModel, plan: CollectionPlan) -> int:
     """Bytes that the recorded states will take on disk, without the conditions."""
     values = math.prod(base.latent_shape)
     return plan.num_trajectories * plan.kept_steps * (2 * values * _DTYPES[plan.dtype].itemsize + 8 + 4 + 8 + 4)
+
+
+def mean_over_timesteps(
+    timesteps: Tensor, values: Tensor, num_train_timesteps: int, num_ranges: int = 20
+) -> tuple[Tensor, Tensor]:
+    """Mean of values (N,) in equal ranges of timesteps (N,).
+
+    Returns:
+        Mean timestep and mean value of every range that is not empty, in ascending order, both float64.
+    """
+    ranges, present = (timesteps * num_ranges // num_train_timesteps).unique(return_inverse=True)
+    counts = torch.bincount(present).double()
+    means = [
+        torch.zeros(len(ranges), dtype=torch.float64).index_add(0, present, column.double()) / counts
+        for column in (timesteps, values)
+    ]
+    return means[0], means[1]
 
 
 def noised_data_states(store: TrajectoryStore, clean_latents: Tensor, base: BaseModel, seed: int = 0) -> Tensor:

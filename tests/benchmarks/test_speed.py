@@ -1,0 +1,123 @@
+"""Seconds per image of one sampler step, AGD against CFG: ``make bench``. Not tests: machines differ.
+
+Both are timed in turn, round by round, so that a change of the machine's speed hits both alike.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+from agd_lib import AGD, CFG, AdapterSet
+from agd_lib.base_models import BaseModel, base_from_pipeline, count_flops, load_base
+from agd_lib.guidance import Guidance
+from agd_lib.project import DATA
+from agd_lib.study import RECIPES
+
+SCALE = 4.0
+Comparisons = list[dict[str, str]]
+
+
+@pytest.fixture(scope="module")
+def tiny() -> BaseModel:
+    if not (DATA / "tiny-dit" / "model_index.json").is_file():
+        pytest.skip("data/tiny-dit is not there")
+    return load_base("tiny-dit")
+
+
+@pytest.fixture(scope="module")
+def full_size() -> BaseModel:
+    """DiT-XL/2 at 256 x 256 in all but its weights, which are random: 3 GB. The autoencoder is a stub, never called."""
+    with torch.device("meta"):
+        transformer = DiTTransformer2DModel(
+            num_attention_heads=16,
+            attention_head_dim=72,
+            in_channels=4,
+            out_channels=8,
+            num_layers=28,
+            sample_size=32,
+            patch_size=2,
+            num_embeds_ada_norm=1000,
+        )
+    transformer.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    for tensor in [*transformer.parameters(), *transformer.buffers()]:
+        if tensor.is_floating_point():
+            tensor.data.normal_(0, 0.02, generator=generator)
+    vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=1, latent_channels=4)
+    pipeline = DiTPipeline(transformer=transformer, vae=vae, scheduler=DDIMScheduler())
+    return base_from_pipeline(pipeline, "dit-xl-2-256, random weights")
+
+
+def compare(
+    benchmark: Any, comparisons: Comparisons, base: BaseModel, adapters: AdapterSet, batch_size: int, rounds: int
+) -> None:
+    """Benchmark AGD's step, with CFG's timed before each round; the ratio goes to ``extra_info`` and the last table."""
+    latents = torch.randn(batch_size, *base.latent_shape, generator=torch.Generator().manual_seed(0))
+    condition = base.encode([base.all_conditions()[i % len(base.all_conditions())] for i in range(batch_size)])
+
+    @torch.no_grad()
+    def step(guidance: Guidance) -> float:
+        start = time.perf_counter()
+        guidance.predict(base, latents, 500, condition)
+        return time.perf_counter() - start
+
+    adapters.remove()
+    plain_flops = count_flops(base)
+    adapters.attach(base)
+    with adapters.guided_by(SCALE):
+        overhead = count_flops(base) / plain_flops - 1
+    cfg_seconds: list[float] = []
+    agd_seconds: list[float] = []
+
+    def cfg_first() -> None:
+        with adapters.disabled():
+            cfg_seconds.append(step(CFG(SCALE)))
+
+    try:
+        benchmark.pedantic(
+            lambda: agd_seconds.append(step(AGD(adapters, SCALE))), setup=cfg_first, rounds=rounds, warmup_rounds=1
+        )
+    finally:
+        adapters.remove()
+    cfg, agd = (statistics.median(seconds[1:]) / batch_size for seconds in (cfg_seconds, agd_seconds))
+    benchmark.group = f"{base.name}, batch {batch_size}"
+    benchmark.extra_info.update(
+        base=base.name,
+        adapter=adapters.config.kind,
+        batch_size=batch_size,
+        cfg_seconds_per_image=cfg,
+        agd_seconds_per_image=agd,
+        ratio=cfg / agd,
+        flop_overhead=overhead,
+        ratio_limit=2 / (1 + overhead),
+        adapter_share=adapters.num_parameters() / base.num_parameters(),
+    )
+    comparisons.append(
+        {
+            "model": base.name,
+            "adapter": f"{adapters.config.kind} d={adapters.config.hidden_size}",
+            "batch": str(batch_size),
+            "CFG ms/image": f"{1000 * cfg:.2f}",
+            "AGD ms/image": f"{1000 * agd:.2f}",
+            "ratio": f"{cfg / agd:.3f}",
+            "limit 2/(1+overhead)": f"{2 / (1 + overhead):.3f}",
+            "FLOP overhead": f"{100 * overhead:.2f} %",
+        }
+    )
+
+
+@pytest.mark.parametrize("batch_size", [1, 8, 32])
+@pytest.mark.parametrize("kind", list(RECIPES))
+def test_tiny_dit(benchmark: Any, comparisons: Comparisons, tiny: BaseModel, kind: str, batch_size: int) -> None:
+    adapters = AdapterSet.create(tiny, kind, RECIPES[kind].hidden_size)
+    compare(benchmark, comparisons, tiny, adapters, batch_size, rounds=max(20, 200 // batch_size))
+
+
+def test_one_step_of_full_size_dit_xl_2(benchmark: Any, comparisons: Comparisons, full_size: BaseModel) -> None:
+    compare(benchmark, comparisons, full_size, AdapterSet.create(full_size, "offset", 256), batch_size=1, rounds=3)

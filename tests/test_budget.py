@@ -1,0 +1,87 @@
+"""What is said of a cost beforehand: bytes are counted, seconds are measured and scaled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import agd_lib.budget
+from agd_lib.attach import AdapterSet
+from agd_lib.base_models import DiTBase, count_forwards
+from agd_lib.budget import (
+    Cost,
+    collection_cost,
+    environment_report,
+    format_seconds,
+    sampling_cost,
+    seconds_per_forward,
+    training_cost,
+)
+from agd_lib.training import TrainingSettings
+from agd_lib.trajectories import CollectionPlan, predicted_size
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.01, "1 s"), (40.2, "40 s"), (99, "99 s"), (100, "2 min"), (725, "12 min"), (6000, "1.7 h"), (12_600, "3.5 h")],
+)
+def test_seconds_read_well(seconds: float, text: str) -> None:
+    assert format_seconds(seconds) == text
+
+
+def test_a_cost_says_what_it_knows() -> None:
+    assert str(Cost(40.0, 3 * 2**20)) == "about 40 s, 3.0 MiB on disk"
+    assert str(Cost(disk_bytes=2**19)) == "0.5 MiB on disk"
+    assert str(Cost(725.0)) == "about 12 min"
+    assert str(Cost()) == "next to nothing"
+
+
+class Clock:
+    """Every look at it is a second later."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        self.now += 1
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agd_lib.budget, "time", Clock())
+
+
+def test_one_forward_is_timed_per_sample(dit_base: DiTBase, clock: None) -> None:
+    with count_forwards(dit_base) as meter:
+        assert seconds_per_forward(dit_base, batch_size=4) == 1 / 4
+    assert (meter.calls, meter.samples) == (2, 8)  # one to warm up
+
+
+def test_sampling_and_collection_scale_with_their_forward_passes(dit_base: DiTBase, clock: None) -> None:
+    assert sampling_cost(dit_base, num_images=100, nfe=40, batch_size=10) == Cost(100 * 40 / 10)
+    assert sampling_cost(dit_base, num_images=5, nfe=40, batch_size=10) == Cost(5 * 40 / 5)
+    plan = CollectionPlan(conditions=(0, 1), num_trajectories=30, num_inference_steps=10, steps_per_trajectory=4)
+    expected = Cost(2 * 30 * 10 / 8, predicted_size(dit_base, plan))
+    assert collection_cost(dit_base, plan, batch_size=8) == expected
+    assert expected.disk_bytes == 30 * 4 * (2 * 4 * 8 * 8 * 2 + 24)
+
+
+def test_training_cost_scales_with_the_steps_and_changes_no_weights(dit_base: DiTBase, clock: None) -> None:
+    adapters = AdapterSet.create(dit_base, hidden_size=8)
+    before: dict[str, Any] = {name: value.clone() for name, value in adapters.state_dict().items()}
+    base_before = {name: value.clone() for name, value in dit_base.denoiser.state_dict().items()}
+    assert training_cost(dit_base, adapters, TrainingSettings(num_steps=70, batch_size=4)) == Cost(70.0)
+    assert all(torch.equal(value, before[name]) for name, value in adapters.state_dict().items())
+    assert all(torch.equal(value, base_before[name]) for name, value in dit_base.denoiser.state_dict().items())
+    assert all(parameter.grad is None for parameter in adapters.parameters())
+
+
+def test_the_environment_is_reported(tmp_path: Path) -> None:
+    report = environment_report(tmp_path)
+    assert report["torch"] == torch.__version__
+    assert set(report) >= {"Python", "diffusers", "accelerate", "processor cores", "memory", "free disk"}
+    assert ("GPU" in report) != any(name.startswith("GPU ") for name in report)

@@ -1,0 +1,78 @@
+"""One list of versions: conda's file, the Makefile, CI and the README all lead to pyproject.toml."""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from typing import Any
+
+import pytest
+import yaml
+
+from agd_lib.project import ROOT
+from agd_lib.report import BEGIN, END, RESULTS, ReportError, readme_with_results
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def project() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+@pytest.fixture(scope="module")
+def conda() -> dict[str, Any]:
+    return yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
+
+
+def test_every_version_is_pinned(project: dict[str, Any]) -> None:
+    for requirement in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
+        assert re.fullmatch(r"[\w-]+==[\w.]+", requirement), requirement
+
+
+def test_conda_brings_python_and_pip_and_nothing_else(conda: dict[str, Any], project: dict[str, Any]) -> None:
+    python, pip, packages = conda["dependencies"]
+    assert pip == "pip" and packages == {"pip": ["-e .[dev]"]}
+    asked = re.fullmatch(r"python=(\d+)\.(\d+)", python)
+    assert asked
+    low, high = re.findall(r"(\d+)\.(\d+)", project["requires-python"])
+    version = (int(asked[1]), int(asked[2]))
+    assert tuple(map(int, low)) <= version < tuple(map(int, high))
+
+
+def test_make_looks_for_the_pythons_that_the_project_takes(project: dict[str, Any]) -> None:
+    low, high = re.findall(r"(\d+)\.(\d+)", project["requires-python"])
+    assert f"({low[0]}, {low[1]}) <= sys.version_info[:2] < ({high[0]}, {high[1]})" in MAKEFILE
+    assert f"python{low[0]}.{low[1]}" in MAKEFILE
+
+
+def test_ci_runs_make_test() -> None:
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    assert "make test" in script.read_text(encoding="utf-8")
+
+
+def test_the_readmes_commands_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE))
+    named = set(re.findall(r"(?:^|`)make ([a-z-]+)", README, re.MULTILINE))
+    assert {"reproduce", "test", "lab"} <= named <= targets
+
+
+def test_the_readmes_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README) + re.findall(r'src="([^"]+)"', README):
+        if not target.startswith("http") and target != RESULTS.relative_to(ROOT).as_posix():
+            assert (ROOT / target).exists(), target
+
+
+def test_the_readmes_table_is_that_of_the_results_file() -> None:
+    if not RESULTS.is_file():
+        pytest.skip("no measured results yet")
+    assert readme_with_results(README) == README, "run: python -m agd_lib.report --readme"
+
+
+@pytest.mark.parametrize("text", ["no marks", BEGIN, f"{END} {BEGIN}", f"{BEGIN} {BEGIN} {END}"])
+def test_a_readme_without_a_place_for_the_table_is_refused(text: str) -> None:
+    with pytest.raises(ReportError, match="once each and in this order"):
+        readme_with_results(text)

@@ -1,0 +1,467 @@
+"""The measures against closed forms, definitions and second libraries; the reference files; the row."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import cleanfid.features
+import cleanfid.fid
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+
+from agd_lib.attach import AdapterSet
+from agd_lib.base_models import DiTBase
+from agd_lib.errors import AGDError
+from agd_lib.evaluation import (
+    EvaluationError,
+    InceptionFeatures,
+    Reference,
+    ShapesFeatures,
+    default_extractor,
+    describe,
+    endpoint_mse_ratio,
+    evaluate,
+    frechet_distance,
+    load_reference,
+    precision_recall,
+    reference_from_features,
+    save_reference,
+    statistics,
+    time_side_by_side,
+)
+from agd_lib.extractor import ShapesExtractor
+from agd_lib.guidance import AGD, CFG, GuidanceInterval, Unguided
+from agd_lib.results import row_from_dict
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+class MeanColours:
+    """Six features of an image: mean and deviation of each channel. Says class 1 of every image."""
+
+    name = "mean-colours"
+    feature_dim = 6
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        assert images.dtype == torch.float32 and images.ndim == 4 and images.shape[1] == 3
+        assert float(images.min()) >= 0 and float(images.max()) <= 1
+        features = torch.cat([images.mean(dim=(2, 3)), images.std(dim=(2, 3))], dim=1)
+        return features, torch.ones(len(images), dtype=torch.int64)
+
+
+# Frechet distance --------------------------------------------------------------------------------------------------
+
+
+def test_equal_gaussians_are_at_distance_zero() -> None:
+    mean, covariance = statistics(normal(200, 16) @ normal(16, 16, seed=1))
+    assert frechet_distance(mean, covariance, mean, covariance) == pytest.approx(0, abs=1e-8 * np.trace(covariance))
+
+
+def test_diagonal_gaussians_have_a_closed_form() -> None:
+    random = np.random.default_rng(0)
+    mean, other_mean = random.normal(size=(2, 12))
+    deviation, other_deviation = random.uniform(0.5, 2, size=(2, 12))
+    expected = np.sum((mean - other_mean) ** 2) + np.sum((deviation - other_deviation) ** 2)
+    found = frechet_distance(mean, np.diag(deviation**2), other_mean, np.diag(other_deviation**2))
+    assert found == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_shift_counts_squared_whatever_the_covariance() -> None:
+    mean, covariance = statistics(normal(300, 8) @ normal(8, 8, seed=1))
+    assert frechet_distance(mean, covariance, mean + 0.5, covariance) == pytest.approx(8 * 0.25, rel=1e-6)
+
+
+def test_frechet_distance_equals_torch_fidelitys() -> None:
+    one = normal(500, 32) @ normal(32, 32, seed=1) / 6
+    two = normal(400, 32, seed=2) @ normal(32, 32, seed=3) / 6 + 0.1
+    expected = fid_statistics_to_metric(fid_features_to_statistics(one), fid_features_to_statistics(two), False)
+    found = frechet_distance(*statistics(one), *statistics(two))
+    assert found == pytest.approx(expected["frechet_inception_distance"], rel=1e-6)
+    assert found > 1
+
+
+def test_statistics_are_mean_and_unbiased_covariance() -> None:
+    values = torch.tensor([[0.0, 0.0], [2.0, 0.0], [2.0, 4.0], [0.0, 4.0]])
+    mean, covariance = statistics(values)
+    np.testing.assert_allclose(mean, [1, 2])
+    np.testing.assert_allclose(covariance, [[4 / 3, 0], [0, 16 / 3]])
+    assert mean.dtype == covariance.dtype == np.float64
+
+
+def test_too_few_samples_for_a_covariance_are_refused() -> None:
+    with pytest.raises(ValueError, match="got 8 samples for features of 8 numbers, expected more than 8"):
+        statistics(normal(8, 8))
+    with pytest.raises(ValueError, match="expected more than 8"):
+        reference_from_features("any", normal(5, 8))
+
+
+# Precision and recall ----------------------------------------------------------------------------------------------
+
+
+def covered(points: Tensor, support: Tensor, neighbours: int) -> float:
+    """Share of ``points`` that lie within the k-th-neighbour ball of any point of ``support``, by the definition."""
+    radii = []
+    for i, centre in enumerate(support):
+        distances = sorted(math.dist(centre, other) for j, other in enumerate(support) if j != i)
+        radii.append(distances[neighbours - 1])
+    inside = [any(math.dist(point, centre) <= r for centre, r in zip(support, radii)) for point in points]
+    return sum(inside) / len(inside)
+
+
+@pytest.mark.parametrize("neighbours", [1, 3, 5])
+def test_precision_and_recall_follow_their_definition(neighbours: int) -> None:
+    generated, real = 0.5 * normal(60, 4), normal(80, 4, seed=1)
+    precision, recall = precision_recall(generated, real, neighbours)
+    assert precision == pytest.approx(covered(generated, real, neighbours), abs=1e-6)
+    assert recall == pytest.approx(covered(real, generated, neighbours), abs=1e-6)
+    assert precision > recall  # the generated points lie in the middle of the real ones
+
+
+def test_precision_and_recall_of_the_same_and_of_distant_samples() -> None:
+    points = normal(50, 4)
+    assert precision_recall(points, points) == (1.0, 1.0)
+    assert precision_recall(points, points + 100) == (0.0, 0.0)
+
+
+# Endpoint error ----------------------------------------------------------------------------------------------------
+
+
+def test_endpoint_ratio_is_zero_for_cfg_one_for_unguided_and_quadratic_between() -> None:
+    cfg, unguided = normal(6, 4, 8, 8).float(), normal(6, 4, 8, 8, seed=1).float()
+    assert endpoint_mse_ratio(cfg, unguided, cfg) == 0
+    assert endpoint_mse_ratio(unguided, unguided, cfg) == 1
+    assert endpoint_mse_ratio(cfg + 0.5 * (unguided - cfg), unguided, cfg) == pytest.approx(0.25, rel=1e-5)
+    error = float(((2 * cfg - cfg) ** 2 - 0).mean() / ((unguided - cfg) ** 2).mean())
+    assert endpoint_mse_ratio(2 * cfg, unguided, cfg) == pytest.approx(error, rel=1e-5)
+
+
+def test_endpoint_ratio_needs_latents_that_belong_together() -> None:
+    cfg, unguided = normal(6, 4, 8, 8), normal(6, 4, 8, 8, seed=1)
+    with pytest.raises(ValueError, match="expected three alike"):
+        endpoint_mse_ratio(cfg[:5], unguided, cfg)
+    with pytest.raises(ValueError, match="equal to those of CFG"):
+        endpoint_mse_ratio(cfg, cfg, cfg)
+
+
+# The row -----------------------------------------------------------------------------------------------------------
+
+N = 12
+
+
+@pytest.fixture(scope="module")
+def reference() -> Reference:
+    return reference_from_features("mean-colours", torch.rand(40, 6, generator=torch.Generator().manual_seed(0)))
+
+
+def measure(base: DiTBase, guidance: Any, reference: Reference, **options: Any) -> Any:
+    values = {"n": N, "num_inference_steps": 4, "batch_size": 6, "progress": False} | options
+    return evaluate(base, guidance, reference, MeanColours(), **values)
+
+
+def test_a_row_of_each_kind_of_guidance(dit_base: DiTBase, reference: Reference) -> None:
+    adapters = AdapterSet.create(dit_base, hidden_size=8).attach(dit_base)
+    unguided = measure(dit_base, Unguided(), reference)
+    cfg = measure(dit_base, CFG(3.0), reference, unguided_latents=unguided.latents, cfg_latents=None)
+    both = {"unguided_latents": unguided.latents, "cfg_latents": cfg.latents}
+    agd = measure(dit_base, AGD(adapters, 3), reference, **both)
+    rows = [unguided.row, cfg.row, agd.row]
+    assert [row.nfe for row in rows] == [4, 8, 4]
+    assert [row.guidance for row in rows] == ["unguided", "cfg", "agd"]
+    assert [row.adapter for row in rows] == [None, None, "offset"]
+    assert [row.scale for row in rows] == [1.0, 3.0, 3.0]
+    assert [row.adapter_parameters for row in rows] == [None, None, adapters.num_parameters()]
+    assert [row.endpoint_mse_ratio for row in rows] == [None, None, 1.0]  # untrained adapters change nothing
+    for row in rows:
+        assert (row.base, row.steps, row.n, row.seed, row.extractor) == (dit_base.name, 4, N, 0, "mean-colours")
+        assert row.base_parameters == dit_base.num_parameters() and row.seconds_per_image > 0
+        assert row.condition_accuracy == pytest.approx(3 / 12)  # labels 0 1 2 3 4 0 1 2 3 4 0 1: three ones
+        assert row.fd is not None and row.precision is not None and row.recall is not None
+        assert row_from_dict(asdict(row), "here") == row
+    assert cfg.row.fd != unguided.row.fd == agd.row.fd
+    assert agd.latents.shape == (N, 4, 8, 8) and torch.equal(agd.latents, unguided.latents)
+
+
+def test_the_row_is_measured_on_the_images_of_the_latents(dit_base: DiTBase, reference: Reference) -> None:
+    result = measure(dit_base, CFG(2.0), reference)
+    features, _ = MeanColours()(dit_base.decode(result.latents))
+    expected = frechet_distance(*statistics(features), reference.mean, reference.covariance)
+    assert result.row.fd == pytest.approx(expected, rel=1e-3)
+    assert reference.features is not None
+    assert (result.row.precision, result.row.recall) == precision_recall(features, reference.features)
+
+
+def test_the_same_seed_gives_the_same_row_and_another_seed_another(dit_base: DiTBase, reference: Reference) -> None:
+    first, second = (measure(dit_base, CFG(2.0), reference, seed=7).row for _ in range(2))
+    assert replace(first, seconds_per_image=0.0) == replace(second, seconds_per_image=0.0)
+    other = measure(dit_base, CFG(2.0), reference, seed=8).row
+    assert other.fd != first.fd and other.seed == 8
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 100])
+def test_the_batch_size_does_not_matter(dit_base: DiTBase, reference: Reference, batch_size: int) -> None:
+    whole, other = (measure(dit_base, CFG(2.0), reference, batch_size=size) for size in (N, batch_size))
+    torch.testing.assert_close(other.latents, whole.latents, rtol=1e-3, atol=1e-4)
+    assert other.row.fd == pytest.approx(whole.row.fd, rel=1e-2)
+    assert other.row.nfe == whole.row.nfe == 8
+
+
+def test_at_scale_one_the_endpoint_error_does_not_apply(dit_base: DiTBase, reference: Reference) -> None:
+    unguided = measure(dit_base, Unguided(), reference)
+    cfg = measure(dit_base, CFG(1.0), reference)
+    assert cfg.row.nfe == 4  # the unconditional pass is left out
+    both = {"unguided_latents": unguided.latents, "cfg_latents": cfg.latents}
+    assert measure(dit_base, CFG(1.0), reference, **both).row.endpoint_mse_ratio is None
+
+
+def test_a_reference_of_statistics_has_no_precision(dit_base: DiTBase, reference: Reference) -> None:
+    row = measure(dit_base, Unguided(), replace(reference, features=None)).row
+    assert row.precision is None and row.recall is None and row.fd is not None
+
+
+def test_precision_uses_references_from_everywhere(dit_base: DiTBase) -> None:
+    near = MeanColours()(dit_base.decode(measure_latents(dit_base)))[0]
+    far = near + 100
+    features = torch.cat([far, near])  # sorted by class, say: the first half is far away
+    row = measure(dit_base, Unguided(), reference_from_features("mean-colours", features), max_reference=N).row
+    assert row.precision is not None and row.precision > 0
+
+
+def measure_latents(base: DiTBase) -> Tensor:
+    any_reference = reference_from_features("mean-colours", torch.rand(40, 6))
+    return measure(base, Unguided(), any_reference).latents
+
+
+def test_too_few_samples_and_another_extractor_are_refused(dit_base: DiTBase, reference: Reference) -> None:
+    with pytest.raises(ValueError, match="got n = 6, expected more than 6 samples for mean-colours"):
+        measure(dit_base, Unguided(), reference, n=6)
+    with pytest.raises(EvaluationError, match=r"made with inception.* measured with mean-colours"):
+        measure(dit_base, Unguided(), replace(reference, extractor="inception-v3-clean"))
+
+
+def test_guidances_without_one_scale_have_no_row(dit_base: DiTBase) -> None:
+    assert describe(CFG(2)) == ("cfg", None, 2.0, None)
+    for guidance in (CFG(torch.tensor([1.0, 2.0])), CFG(GuidanceInterval(2.0, 0, 500)), object()):
+        with pytest.raises(ValueError, match="one number as scale"):
+            describe(guidance)  # type: ignore[arg-type]
+
+
+def test_timing_counts_every_round_but_the_first(dit_base: DiTBase) -> None:
+    timings = time_side_by_side(
+        dit_base, {"a": Unguided(), "b": CFG(2.0)}, batch_size=1, num_inference_steps=1, rounds=3
+    )
+    assert list(timings) == ["a", "b"]
+    assert all(0 < timing.minimum <= timing.median <= timing.maximum for timing in timings.values())
+
+
+# References --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten PNGs of two sizes in two folders."""
+    folder = tmp_path_factory.mktemp("images")
+    for number in range(10):
+        pixels = np.random.default_rng(number).integers(0, 256, (12 + number % 2, 16, 3), dtype=np.uint8)
+        (folder / f"class{number // 5}").mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(folder / f"class{number // 5}" / f"{number}.png")
+    return folder
+
+
+def direct_features(folder: Path) -> Tensor:
+    features = []
+    for path in sorted(folder.rglob("*.png")):
+        pixels = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1).float() / 255
+        features.append(MeanColours()(pixels[None])[0])
+    return torch.cat(features)
+
+
+def test_a_folder_of_images_equals_direct_statistics(images: Path) -> None:
+    (images / "notes.txt").write_text("not an image")
+    reference, features = load_reference(images, MeanColours()), direct_features(images)
+    assert reference.features is not None and torch.equal(reference.features, features)
+    np.testing.assert_array_equal(reference.mean, features.double().numpy().mean(axis=0))
+    np.testing.assert_allclose(reference.covariance, np.cov(features.double().numpy().T), rtol=1e-12)
+    assert reference.extractor == "mean-colours"
+
+
+def test_some_images_of_a_folder_are_spread_over_it(images: Path) -> None:
+    reference = load_reference(images, MeanColours(), num_images=8)
+    assert reference.features is not None
+    assert torch.equal(reference.features, direct_features(images)[[0, 1, 2, 3, 5, 6, 7, 8]])
+    assert len(load_reference(images, MeanColours(), num_images=99).features or ()) == 10
+
+
+def test_statistics_in_an_npz_equal_the_folder(images: Path, tmp_path: Path) -> None:
+    whole = load_reference(images, MeanColours())
+    np.savez(tmp_path / "stats.npz", mu=whole.mean, sigma=whole.covariance)
+    loaded = load_reference(tmp_path / "stats.npz", MeanColours())
+    np.testing.assert_array_equal(loaded.mean, whole.mean)
+    np.testing.assert_array_equal(loaded.covariance, whole.covariance)
+    assert loaded.features is None
+
+
+def test_saved_features_equal_the_folder(images: Path, tmp_path: Path) -> None:
+    features = direct_features(images)
+    save_reference(tmp_path / "reference.safetensors", features, "mean-colours")
+    loaded = load_reference(tmp_path / "reference.safetensors", MeanColours())
+    assert loaded.features is not None and torch.equal(loaded.features, features)
+    np.testing.assert_array_equal(loaded.mean, features.double().numpy().mean(axis=0))
+
+
+def npz(**arrays: Any) -> Any:
+    return lambda path: np.savez(path, **arrays)
+
+
+REFUSED: dict[str, tuple[str, Any, str]] = {
+    "npz without mu": ("r.npz", npz(sigma=np.eye(6)), "has no 'mu' and 'sigma'"),
+    "npz of pickled objects": ("r.npz", npz(mu=np.array([object()]), sigma=np.eye(6)), "allow_pickle"),
+    "npz of text": ("r.npz", npz(mu=np.array(["a"]), sigma=np.eye(6)), "damaged"),
+    "npz of other size": ("r.npz", npz(mu=np.zeros(7), sigma=np.eye(7)), r"shapes \(7,\).*from another extractor"),
+    "npz of odd covariance": ("r.npz", npz(mu=np.zeros(6), sigma=np.zeros(6)), "from another extractor"),
+    "npz with nan": ("r.npz", npz(mu=np.full(6, np.nan), sigma=np.eye(6)), "holds NaN"),
+    "broken npz": ("r.npz", lambda path: path.write_bytes(b"PK\x03\x04 not a zip"), "damaged"),
+    "missing file": ("r.npz", lambda path: None, "does not exist"),
+    "missing folder": ("nowhere", lambda path: None, "does not exist"),
+    "empty folder": ("folder", Path.mkdir, "holds no images"),
+    "pickle": ("r.pt", lambda path: torch.save(torch.zeros(9, 6), path), "pickles can run any code"),
+    "torch file of another name": ("r.safetensors", lambda path: torch.save(torch.zeros(9, 6), path), "damaged"),
+    "other extractor": (
+        "r.safetensors",
+        lambda path: save_reference(path, torch.rand(9, 6), "inception-v3-clean"),
+        "with the extractor inception-v3-clean, the samples would be measured with mean-colours",
+    ),
+    "features of nobody": ("r.safetensors", lambda path: save_file({"features": torch.rand(9, 6)}, path), "None"),
+    "other tensors": (
+        "r.safetensors",
+        lambda path: save_file({"mu": torch.zeros(6)}, path),
+        r"holds \['mu'\], expected one tensor 'features'",
+    ),
+    "features of other size": (
+        "r.safetensors",
+        lambda path: save_reference(path, torch.rand(9, 5), "mean-colours"),
+        "from another extractor",
+    ),
+    "features without rows": (
+        "r.safetensors",
+        lambda path: save_reference(path, torch.rand(6), "mean-colours"),
+        "expected one tensor 'features'",
+    ),
+    "too few features": (
+        "r.safetensors",
+        lambda path: save_reference(path, torch.rand(6, 6), "mean-colours"),
+        "too small: got 6 samples",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_references_that_do_not_serve_are_refused(tmp_path: Path, case: str) -> None:
+    name, make, message = REFUSED[case]
+    make(tmp_path / name)
+    with pytest.raises(EvaluationError, match=message) as caught:
+        load_reference(tmp_path / name, MeanColours())
+    assert name in str(caught.value)
+
+
+def test_a_folder_of_few_or_damaged_images_is_refused(images: Path, tmp_path: Path) -> None:
+    with pytest.raises(EvaluationError, match="too small: got 6 samples"):
+        load_reference(images, MeanColours(), num_images=6)
+    shutil.copytree(images, tmp_path / "copy")
+    whole = (tmp_path / "copy" / "class1" / "7.png").read_bytes()
+    (tmp_path / "copy" / "class1" / "7.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(EvaluationError, match=r"7\.png is damaged"):
+        load_reference(tmp_path / "copy", MeanColours())
+
+
+# Extractors --------------------------------------------------------------------------------------------------------
+
+
+class PooledPixels(nn.Module):
+    """Stands in for Inception behind clean-fid's own resize: 12 numbers of a (B, 3, 299, 299) image in 0..255."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        assert images.shape[1:] == (3, 299, 299) and images.dtype == torch.float32
+        return nn.functional.adaptive_avg_pool2d(images, 2).flatten(1)
+
+
+@pytest.fixture
+def pooled(monkeypatch: pytest.MonkeyPatch) -> InceptionFeatures:
+    def build(mode: str, device: torch.device, use_dataparallel: bool) -> nn.Module:
+        assert mode == "clean" and device == torch.device("cpu") and not use_dataparallel
+        return PooledPixels()
+
+    monkeypatch.setattr(cleanfid.features, "build_feature_extractor", build)
+    monkeypatch.setattr(InceptionFeatures, "feature_dim", 12)
+    return InceptionFeatures("cpu")
+
+
+def write_images(folder: Path, count: int, seed: int) -> Path:
+    folder.mkdir()
+    for number in range(count):
+        pixels = np.random.default_rng([seed, number]).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+        pixels[:, : 4 + number % 13] //= 1 + seed
+        Image.fromarray(pixels).save(folder / f"{number:03d}.png")
+    return folder
+
+
+def test_images_reach_inception_as_clean_fid_itself_gives_them(pooled: InceptionFeatures, tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "images", 3, seed=1)
+    expected = cleanfid.fid.get_folder_features(
+        str(folder), PooledPixels(), num_workers=0, device=torch.device("cpu"), verbose=False
+    )
+    pixels = np.stack([np.array(Image.open(path)) for path in sorted(folder.iterdir())])
+    features, labels = pooled(torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255)
+    assert labels is None and features.dtype == torch.float32
+    np.testing.assert_allclose(features.numpy(), expected, rtol=1e-6)
+
+
+def test_the_distance_between_two_folders_is_clean_fids(pooled: InceptionFeatures, tmp_path: Path) -> None:
+    one, two = write_images(tmp_path / "one", 16, seed=1), write_images(tmp_path / "two", 18, seed=2)
+    expected = cleanfid.fid.compute_fid(
+        str(one), str(two), num_workers=0, device="cpu", verbose=False, custom_feat_extractor=PooledPixels()
+    )
+    first, second = load_reference(one, pooled), load_reference(two, pooled)
+    found = frechet_distance(first.mean, first.covariance, second.mean, second.covariance)
+    assert found == pytest.approx(expected, rel=1e-4) and found > 1
+    assert first.extractor == "inception-v3-clean"
+
+
+def test_the_shapes_extractor_sees_images_in_minus_one_to_one(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = ShapesExtractor(num_classes=7, feature_dim=16, width=8).eval()
+    model.save_pretrained(tmp_path / "extractor")
+    extractor = ShapesFeatures(tmp_path / "extractor")
+    pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    features, labels = extractor(pixels.float() / 255)
+    with torch.no_grad():
+        output = model(pixels)
+    torch.testing.assert_close(features, output.features, rtol=1e-3, atol=1e-4)
+    assert torch.equal(labels, output.logits.argmax(dim=1))
+    assert (extractor.name, extractor.feature_dim) == ("shapes-extractor", 16)
+
+
+def test_a_base_with_an_extractor_of_its_own_uses_it(
+    dit_base: DiTBase, pooled: InceptionFeatures, tmp_path: Path
+) -> None:
+    dit_base.name = "small"
+    assert isinstance(default_extractor(dit_base, tmp_path)[0], InceptionFeatures)
+    assert default_extractor(dit_base, tmp_path)[1] is None
+    ShapesExtractor(num_classes=5, feature_dim=16, width=8).save_pretrained(tmp_path / "small" / "extractor")
+    extractor, reference = default_extractor(dit_base, tmp_path)
+    assert isinstance(extractor, ShapesFeatures) and extractor.feature_dim == 16
+    assert reference == tmp_path / "small" / "reference.safetensors"
+
+
+def test_evaluation_errors_are_agd_errors() -> None:
+    assert issubclass(EvaluationError, AGDError)

@@ -1,0 +1,79 @@
+"""DiT-XL/2 at full size on the meta device: adapter sites and parameter counts, without weights or memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+from agd_lib import AdapterSet
+from agd_lib.base_models import DiTBase
+
+BLOCKS, WIDTH = 28, 1152
+CONFIG = {
+    # transformer/config.json of facebook/DiT-XL-2-256
+    "activation_fn": "gelu-approximate",
+    "attention_bias": True,
+    "attention_head_dim": 72,
+    "dropout": 0.0,
+    "in_channels": 4,
+    "norm_elementwise_affine": False,
+    "norm_num_groups": 32,
+    "norm_type": "ada_norm_zero",
+    "num_attention_heads": 16,
+    "num_embeds_ada_norm": 1000,
+    "num_layers": BLOCKS,
+    "out_channels": 8,
+    "patch_size": 2,
+    "sample_size": 32,
+    "upcast_attention": False,
+}
+
+
+@pytest.fixture(scope="module")
+def xl() -> DiTBase:
+    with torch.device("meta"):
+        transformer = DiTTransformer2DModel(**CONFIG)
+        vae = AutoencoderKL()
+    return DiTBase(DiTPipeline(transformer, vae, DDIMScheduler(beta_schedule="linear")), "dit-xl-2-256")
+
+
+def test_parameters(xl: DiTBase) -> None:
+    assert sum(p.numel() for p in xl.denoiser.parameters()) == 749_826_464
+    assert xl.num_parameters() == 674_834_720
+    assert xl.latent_shape == (4, 32, 32) and xl.num_classes == 1000
+    assert xl.fingerprint() == "meta"
+
+
+def test_one_site_in_every_block(xl: DiTBase) -> None:
+    sites = xl.attention_sites()
+    assert list(sites) == [f"transformer_blocks.{i}.attn1" for i in range(BLOCKS)]
+    for name, (module, width) in sites.items():
+        assert xl.denoiser.get_submodule(name) is module
+        assert width == WIDTH == module.to_q.in_features == module.to_out[0].out_features
+
+
+@pytest.mark.parametrize(
+    ("kind", "inputs", "parameters", "share"),
+    [
+        ("offset", False, 24_933_888, "3.69 %"),  # the authors' default flags
+        ("offset", True, 41_463_296, "6.14 %"),  # the adapters see timestep and class as well
+    ],
+)
+def test_the_papers_adapters(xl: DiTBase, kind: str, inputs: bool, parameters: int, share: str) -> None:
+    with torch.device("meta"):
+        adapters = AdapterSet.create(xl, kind, hidden_size=256, use_timestep=inputs, use_condition=inputs)
+    assert len(adapters.config.sites) == BLOCKS
+    assert adapters.num_parameters() == parameters
+    assert f"{parameters:,} parameters, {share} of the base model's 674,834,720" in adapters.summary(xl)
+    assert all(p.device.type == "meta" for p in adapters.parameters())
+    adapters.attach(xl)
+    adapters.remove()
+
+
+def test_every_kind_stays_within_the_papers_share(xl: DiTBase) -> None:
+    """1 to 5 % of the base model, at a width that each kind would be given."""
+    for kind, hidden_size in (("offset", 192), ("cross-attention", 192), ("low-rank", 192)):
+        with torch.device("meta"):
+            adapters = AdapterSet.create(xl, kind, hidden_size=hidden_size)
+        assert 0.01 < adapters.num_parameters() / xl.num_parameters() < 0.05, kind

@@ -1,0 +1,390 @@
+"""``agd_lib.reproduce`` on two toy notebooks: what is skipped, repeated, reported and resumed, and what is written."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from agd_lib import reproduce as module
+from agd_lib.project import ROOT
+from agd_lib.report import write_report
+from agd_lib.reproduce import (
+    LANE_OF_BASE,
+    LANES,
+    Notebook,
+    NotebookFailure,
+    Profile,
+    ReproduceError,
+    declared_parameters,
+    folder_name,
+    lane_of,
+    load_profile,
+    main,
+    merge_results,
+    reproduce,
+    strip_execution,
+)
+from agd_lib.results import Row, read_results, write_results
+
+LANE = (Notebook("01_first", makes=("made",)), Notebook("02_second", needs=("01_first",)))
+
+COUNT = """from pathlib import Path
+run = Path(run_dir)
+run.mkdir(parents=True, exist_ok=True)
+(run / "made").mkdir(exist_ok=True)
+log = run / "{name}.log"
+log.write_text(log.read_text() + "x" if log.exists() else "x")
+left = (run / "made" / "left").exists()
+(run / "made" / "left").write_text("")"""
+
+FIGURE = """import matplotlib.pyplot as plt
+figure, axis = plt.subplots(figsize=(2, 1))
+axis.plot([0, size])
+plt.close(figure)
+figure"""
+
+
+def toy(folder: Path, name: str, body: str = "", parameters: str = "size: int = 1") -> Path:
+    """A notebook that counts how often it ran, in ``<run_dir>/<name>.log``, then runs ``body``."""
+    tagged = new_code_cell(f'base_name: str = "toy"\nrun_dir: str = "unused"\n{parameters}')
+    tagged.metadata["tags"] = ["parameters"]
+    cells = [
+        new_markdown_cell(f"# Toy {name}\n\nTitle.\n\n## A section"),
+        tagged,
+        new_code_cell(COUNT.format(name=name)),
+    ]
+    cells += [new_code_cell(body)] if body else []
+    notebook = new_notebook(cells=cells)
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
+    nbformat.write(notebook, folder / f"{name}.ipynb")
+    return folder / f"{name}.ipynb"
+
+
+@pytest.fixture
+def notebooks(tmp_path: Path) -> Path:
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    toy(folder, "01_first", "print('left' if left else 'clean')")
+    toy(folder, "02_second", FIGURE)
+    return folder
+
+
+def profile(**parameters: object) -> Profile:
+    return Profile("toy", "toy", dict(parameters), minutes=1, disk_mib=1, memory_mib=1)
+
+
+def times_run(root: Path, name: str) -> int:
+    return len((root / "toy" / f"{name}.log").read_text())
+
+
+def test_finished_notebooks_are_skipped_and_changed_ones_repeated(tmp_path: Path, notebooks: Path) -> None:
+    root = tmp_path / "runs"
+    first = reproduce(profile(size=3), LANE, root, notebooks)
+    assert [outcome.ran for outcome in first] == [True, True]
+    executed = nbformat.read(root / "toy" / "notebooks" / "01_first.ipynb", as_version=4)
+    assert any("injected-parameters" in cell.metadata.get("tags", []) for cell in executed.cells)
+    assert not list((root / "toy" / "notebooks").glob("*.partial.ipynb"))
+
+    again = reproduce(profile(size=3), LANE, root, notebooks)
+    assert [outcome.ran for outcome in again] == [False, False]
+    assert [outcome.seconds for outcome in again] == [outcome.seconds for outcome in first]
+
+    # another source of the second alone: the first is kept
+    toy(notebooks, "02_second", FIGURE + "\n# changed")
+    assert [outcome.ran for outcome in reproduce(profile(size=3), LANE, root, notebooks)] == [False, True]
+    # another source of the first: the second needs it, so both run
+    toy(notebooks, "01_first", "print('left' if left else 'clean')  # changed")
+    assert [outcome.ran for outcome in reproduce(profile(size=3), LANE, root, notebooks)] == [True, True]
+    # another parameter
+    assert [outcome.ran for outcome in reproduce(profile(size=4), LANE, root, notebooks)] == [True, True]
+    assert (times_run(root, "01_first"), times_run(root, "02_second")) == (3, 4)
+
+
+def test_only_runs_what_is_needed_and_force_repeats(tmp_path: Path, notebooks: Path) -> None:
+    root = tmp_path / "runs"
+    assert [outcome.name for outcome in reproduce(profile(), LANE, root, notebooks, only=["01"])] == ["01_first"]
+    outcomes = reproduce(profile(), LANE, root, notebooks, only=["02"])
+    assert [(outcome.name, outcome.ran) for outcome in outcomes] == [("01_first", False), ("02_second", True)]
+    outcomes = reproduce(profile(), LANE, root, notebooks, only=["02"], force=True)
+    assert [outcome.ran for outcome in outcomes] == [False, True]
+    with pytest.raises(ReproduceError, match="got 9, expected the beginning of one of: 01_first, 02_second"):
+        reproduce(profile(), LANE, root, notebooks, only=["9"])
+
+
+def test_products_are_cleared_when_inputs_change_and_kept_when_they_do_not(tmp_path: Path, notebooks: Path) -> None:
+    root = tmp_path / "runs"
+
+    def printed() -> str:
+        executed = nbformat.read(root / "toy" / "notebooks" / "01_first.ipynb", as_version=4)
+        return str(executed.cells[-1].outputs[0].text).strip()
+
+    reproduce(profile(), LANE, root, notebooks, only=["01"])
+    assert printed() == "clean"
+    (root / "toy" / "notebooks" / "01_first.ipynb").unlink()  # as after an interruption: same inputs, no result
+    reproduce(profile(), LANE, root, notebooks, only=["01"])
+    assert printed() == "left"
+    reproduce(profile(size=5), LANE, root, notebooks, only=["01"])
+    assert printed() == "clean"
+
+
+def test_a_failure_names_notebook_cell_and_error(tmp_path: Path, notebooks: Path) -> None:
+    root = tmp_path / "runs"
+    toy(notebooks, "02_second", "answer = 42\nraise RuntimeError('no such luck')")
+    with pytest.raises(NotebookFailure) as caught:
+        reproduce(profile(), LANE, root, notebooks)
+    message = str(caught.value)
+    assert "02_second.ipynb stopped in cell In [3]" in message or "In [4]" in message
+    assert "answer = 42" in message and "RuntimeError: no such luck" in message
+    assert (root / "toy" / "notebooks" / "02_second.failed.ipynb").is_file()
+    assert not (root / "toy" / "notebooks" / "02_second.ipynb").exists()
+    toy(notebooks, "02_second", FIGURE)  # mended: the first is not repeated, and the failed copy goes
+    assert [outcome.ran for outcome in reproduce(profile(), LANE, root, notebooks)] == [False, True]
+    assert not (root / "toy" / "notebooks" / "02_second.failed.ipynb").exists()
+
+
+def test_a_kernel_that_dies_is_reported(tmp_path: Path, notebooks: Path) -> None:
+    toy(notebooks, "02_second", "import os\nos._exit(9)")
+    with pytest.raises(NotebookFailure, match=r"02_second\.ipynb stopped: its Python process died"):
+        reproduce(profile(), LANE, tmp_path / "runs", notebooks)
+
+
+def start(tmp_path: Path, notebooks: Path) -> subprocess.Popen[str]:
+    """The same run in a process of its own, which can be killed; returns once the second notebook is being executed."""
+    script = (
+        "import sys; from pathlib import Path; from agd_lib.reproduce import *\n"
+        "lane = (Notebook('01_first', makes=('made',)), Notebook('02_second', needs=('01_first',)))\n"
+        "try:\n"
+        f"    reproduce(Profile('toy', 'toy', {{}}, 1, 1, 1), lane, Path({str(tmp_path / 'runs')!r}), "
+        f"Path({str(notebooks)!r}))\n"
+        "except KeyboardInterrupt:\n"
+        "    sys.exit(130)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 300
+    while not (tmp_path / "runs" / "toy" / "02_second.log").exists():
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            pytest.fail(process.communicate(timeout=60)[0])
+        time.sleep(0.1)
+    return process
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_an_interrupted_run_resumes(tmp_path: Path, notebooks: Path, how: signal.Signals) -> None:
+    gate = tmp_path / "gate"
+    toy(
+        notebooks,
+        "02_second",
+        f"import time\nfrom pathlib import Path\nwhile not Path({str(gate)!r}).exists():\n    time.sleep(0.05)",
+    )
+    process = start(tmp_path, notebooks)
+    if how == signal.SIGINT:  # Ctrl-C in a terminal reaches the kernel too
+        os.killpg(process.pid, how)
+    else:
+        process.send_signal(how)
+    try:
+        output, _ = process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    assert process.returncode == (130 if how == signal.SIGINT else -how), output
+    root = tmp_path / "runs"
+    assert (root / "toy" / "notebooks" / "01_first.ipynb").is_file()
+    assert not (root / "toy" / "notebooks" / "02_second.ipynb").exists()
+    assert not (root / "toy" / "notebooks" / "02_second.failed.ipynb").exists()
+    gate.touch()
+    assert [outcome.ran for outcome in reproduce(profile(), LANE, root, notebooks)] == [False, True]
+
+
+def test_a_damaged_executed_notebook_is_not_taken_for_finished(tmp_path: Path, notebooks: Path) -> None:
+    root = tmp_path / "runs"
+    reproduce(profile(), LANE, root, notebooks)
+    finished = root / "toy" / "notebooks" / "01_first.ipynb"
+    finished.write_text(finished.read_text()[:200])
+    assert [outcome.ran for outcome in reproduce(profile(), LANE, root, notebooks)] == [True, False]
+
+
+def test_a_misspelt_parameter_is_refused(tmp_path: Path, notebooks: Path) -> None:
+    with pytest.raises(ReproduceError, match="sets sise, which no notebook declares"):
+        reproduce(profile(sise=3), LANE, tmp_path / "runs", notebooks)
+
+
+def test_a_profile_can_make_an_exception_for_one_notebook(tmp_path: Path, notebooks: Path) -> None:
+    toy(notebooks, "02_second", "print(size)")
+    settings = Profile("toy", "toy", {"size": 3}, 1, 1, 1, exceptions={"02": {"size": 8}})
+    reproduce(settings, LANE, tmp_path / "runs", notebooks)
+    executed = nbformat.read(tmp_path / "runs" / "toy" / "notebooks" / "02_second.ipynb", as_version=4)
+    assert executed.cells[-1].outputs[0].text == "8\n"
+    misspelt = Profile("toy", "toy", {}, 1, 1, 1, exceptions={"02": {"sise": 8}})
+    with pytest.raises(ReproduceError, match="sets sise"):
+        reproduce(misspelt, LANE, tmp_path / "runs", notebooks)
+
+
+def test_a_disk_that_is_too_small_is_refused_before_anything_runs(tmp_path: Path, notebooks: Path) -> None:
+    greedy = Profile("toy", "toy", {}, minutes=1, disk_mib=1e12, memory_mib=1)
+    with pytest.raises(ReproduceError, match=r"this run needs 1,000,000,000,000 MiB: make room"):
+        reproduce(greedy, LANE, tmp_path / "runs", notebooks)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_missing_notebook_is_named(tmp_path: Path, notebooks: Path) -> None:
+    with pytest.raises(ReproduceError, match=r"no notebook at .*03_third\.ipynb"):
+        reproduce(profile(), (*LANE, Notebook("03_third")), tmp_path / "runs", notebooks)
+
+
+# Profiles ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [", "not valid YAML"),
+        ("a: 1", "malformed"),
+        ("- 1", "malformed"),
+        ("expected: {minutes: 1, disk_mib: 1}", "malformed"),
+        ("expected: {minutes: 1, disk_mib: 1, memory_mib: lots}", "must not be negative"),
+    ],
+)
+def test_a_malformed_profile_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "toy.cpu.yaml"
+    path.write_text(text)
+    with pytest.raises(ReproduceError, match=message):
+        load_profile("cpu", "toy", path)
+
+
+def test_an_unknown_profile_lists_those_that_exist() -> None:
+    with pytest.raises(ReproduceError, match=r"Profiles \(base\.profile\): .*tiny-dit\.cpu"):
+        load_profile("gpu", "tiny-dit")
+
+
+PROFILES = sorted((ROOT / "notebooks" / "profiles").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)
+def test_every_key_of_a_profile_is_declared_by_a_notebook(path: Path) -> None:
+    base, _, name = path.stem.rpartition(".")
+    assert base in LANE_OF_BASE, f"{path.name}: expected <base>.<profile>.yaml"
+    loaded = load_profile(name, base)
+    declared = set().union(
+        *(declared_parameters(ROOT / "notebooks" / f"{notebook.name}.ipynb") for notebook in lane_of(base))
+    )
+    assert not loaded.parameters.keys() - declared
+    for number, values in loaded.exceptions.items():
+        (notebook,) = [notebook.name for notebook in lane_of(base) if notebook.name.startswith(number)]
+        assert values.keys() <= declared_parameters(ROOT / "notebooks" / f"{notebook}.ipynb")
+    assert not loaded.parameters.keys() & {"base_name", "run_dir"}, "these two are given by reproduce itself"
+
+
+def test_every_notebook_of_a_lane_exists_and_takes_base_and_run_folder() -> None:
+    for lane in LANES.values():
+        names = [notebook.name for notebook in lane]
+        for position, notebook in enumerate(lane):
+            assert set(notebook.needs) <= set(names[:position])
+            assert {"base_name", "run_dir"} <= declared_parameters(ROOT / "notebooks" / f"{notebook.name}.ipynb")
+
+
+def test_names_of_base_models_make_file_names() -> None:
+    names = ["tiny-dit", "facebook/DiT-XL-2-256", "some/folder/my-dit/", "a b"]
+    assert [folder_name(name) for name in names] == ["tiny-dit", "DiT-XL-2-256", "my-dit", "a-b"]
+
+
+# What a run leaves ------------------------------------------------------------------------------------------------------
+
+
+def row(base: str = "toy", guidance: str = "cfg", seed: int = 0, fd: float | None = 1.0) -> Row:
+    adapter = "offset" if guidance == "agd" else None
+    scale = 1.0 if guidance == "unguided" else 2.0
+    nfe = 40.0 if guidance == "cfg" else 20.0
+    return Row(
+        base, guidance, adapter, scale, 20, nfe, 100, seed, fd, "toy-extractor", 0.5, 0.5, 0.9, 0.1, 0.01, 1000,
+        20 if adapter else None,
+    )  # fmt: skip
+
+
+def test_results_of_all_base_models_are_merged(tmp_path: Path) -> None:
+    write_results(tmp_path / "a" / "results.json", [row("a")])
+    write_results(tmp_path / "b" / "results.json", [row("b"), row("b", "agd")])
+    assert [(r.base, r.guidance) for r in merge_results(tmp_path)] == [("a", "cfg"), ("b", "cfg"), ("b", "agd")]
+    assert merge_results(tmp_path) == read_results(tmp_path / "results.json")
+
+
+def test_the_report_is_one_page_that_needs_nothing_else(tmp_path: Path, notebooks: Path) -> None:
+    root = tmp_path / "runs"
+    reproduce(profile(size=3), LANE, root, notebooks, command="the command")
+    rows = [row(guidance="unguided", fd=3.0), row(fd=1.0), row(fd=1.2, seed=1), row(guidance="agd", fd=1.1)]
+    page = write_report(root, rows).read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") == 1
+    assert "the command" in page and "Toy 02_second" in page and "A section" in page
+    assert "1.100 ± 0.141" in page
+    for outside in ("http://", "https://", "<script", "@import", "url("):
+        assert outside not in page
+
+
+def test_the_report_of_an_empty_run_is_a_page(tmp_path: Path) -> None:
+    assert "no base model yet" in write_report(tmp_path, []).read_text(encoding="utf-8")
+
+
+def test_formulas_become_pictures_or_code() -> None:
+    from agd_lib.report import _markdown
+
+    text = _markdown(r"the state $x_t$ and $\unknowncommand{x}$")
+    assert text.count("data:image/svg+xml") == 1
+    assert r"<code>\unknowncommand{x}</code>" in text
+
+
+# The committed notebooks again -------------------------------------------------------------------------------------------
+
+
+def test_stripping_leaves_cells_and_plain_outputs() -> None:
+    widget = {"application/vnd.jupyter.widget-view+json": {"model_id": "1"}}
+    bar = new_output("display_data", {**widget, "text/plain": "train:   0%|          | 0/5 [00:00<?, ?it/s]"})
+    slider = new_output("display_data", {**widget, "text/plain": "VBox(children=(IntSlider(value=0),))"})
+    text = new_output("stream", name="stdout", text="kept")
+    cell = new_code_cell("f()", outputs=[bar, slider, text], execution_count=1)
+    cell.metadata.update({"papermill": {}, "execution": {}, "tags": []})
+    injected = new_code_cell("size = 2")
+    injected.metadata["tags"] = ["injected-parameters"]
+    checked = new_code_cell("g()")
+    checked.metadata["tags"] = ["nbval-check-output"]
+    notebook = new_notebook(cells=[cell, injected, checked])
+    notebook.metadata.update({"papermill": {}, "widgets": {}, "agd_lib": {}})
+    strip_execution(notebook)
+    nbformat.validate(notebook)
+    assert set(notebook.metadata) == {"kernelspec", "language_info"}
+    assert [c.source for c in notebook.cells] == ["f()", "g()"]
+    assert notebook.cells[0].metadata == {} and notebook.cells[1].metadata == {"tags": ["nbval-check-output"]}
+    assert [sorted(output.get("data", {})) for output in notebook.cells[0].outputs] == [["text/html", "text/plain"], []]
+    assert "IntSlider" not in json.dumps(notebook)
+
+
+def test_in_place_renews_outputs_and_leaves_a_failing_notebook_alone(notebooks: Path) -> None:
+    failing = toy(notebooks, "02_second", "raise ValueError('x')", parameters="size: int = 2")
+    parameters = 'run_dir = str(__import__("tempfile").mkdtemp())'
+    toy(notebooks, "01_first", "print(size)", parameters=f"{parameters}\nsize: int = 7")
+    before = failing.read_bytes()
+    with pytest.raises(NotebookFailure):
+        module.execute_in_place(notebooks)
+    assert failing.read_bytes() == before
+    renewed = nbformat.read(notebooks / "01_first.ipynb", as_version=4)
+    assert renewed.cells[-1].outputs[0].text == "7\n" and renewed.cells[-1].execution_count == 3
+    assert "papermill" not in json.dumps(renewed)
+
+
+def test_the_command_line_reports_a_bad_profile_with_exit_code_1(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--profile", "nothing-like-it"]) == 1
+    assert "no profile 'nothing-like-it'" in capsys.readouterr().err

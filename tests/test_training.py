@@ -1,0 +1,549 @@
+"""Algorithm 2: only the adapters learn, at the right rate, from the right states, and a resumed run is the same run."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from agd_lib.attach import AdapterSet
+from agd_lib.base_models import DiTBase, load_base
+from agd_lib.errors import CheckpointError, StoreError
+from agd_lib.training import Student, TrainingSettings, TrainingState, batch_indices, timestep_weights, train
+from agd_lib.trajectories import CollectionPlan, TrajectoryStore, collect, collect_batch
+
+FILES = ("adapters.safetensors", "optimizer.safetensors", "training.json")
+QUICK = TrainingSettings(num_steps=9, batch_size=8, learning_rate=1e-2, seed=3)
+
+
+@pytest.fixture(autouse=True)
+def no_flush(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flushing to a busy disk takes a tenth of a second each time; test_storage.py tests that it is done."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+def a_plan(**changes: Any) -> CollectionPlan:
+    values: dict[str, Any] = {
+        "conditions": (0, 1, 2, 3, 4),
+        "num_trajectories": 40,
+        "num_inference_steps": 10,
+        "steps_per_trajectory": 5,
+        "trajectories_per_shard": 16,
+    }
+    return CollectionPlan(**(values | changes))
+
+
+@pytest.fixture(scope="module")
+def store(dit_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> TrajectoryStore:
+    """200 recorded states in three shards. Read only."""
+    return collect(load_base(dit_folder), a_plan(), tmp_path_factory.mktemp("store"), progress=False)
+
+
+def some_adapters(base: DiTBase, **changes: Any) -> AdapterSet:
+    values: dict[str, Any] = {"kind": "offset", "hidden_size": 8}
+    return AdapterSet.create(base, **(values | changes))
+
+
+def run(
+    folder: Path, store: TrajectoryStore, settings: TrainingSettings = QUICK, steps: int | None = None, **options: Any
+) -> tuple[AdapterSet, list[TrainingState]]:
+    """Train in a fresh base model for ``steps`` steps (None: to the end), then close the generator."""
+    base = load_base(folder)
+    assert isinstance(base, DiTBase)
+    adapters = some_adapters(base, **options.pop("adapters", {}))
+    training = train(base, adapters, store, settings, **options)
+    states = list(itertools.islice(training, steps))
+    training.close()
+    return adapters, states
+
+
+# What is trained ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["offset", "cross-attention", "low-rank"])
+def test_only_the_adapters_are_trained(dit_base: DiTBase, store: TrajectoryStore, kind: str) -> None:
+    adapters = some_adapters(dit_base, kind=kind)
+    base_before = {name: value.clone() for name, value in dit_base.denoiser.state_dict().items()}
+    before = {name: value.clone() for name, value in adapters.named_parameters()}
+    list(train(dit_base, adapters, store, QUICK))
+    after = dit_base.denoiser.state_dict()
+    assert after.keys() == base_before.keys()
+    assert all(torch.equal(after[name], base_before[name]) for name in after)
+    assert not any(p.requires_grad or p.grad is not None for p in dit_base.denoiser.parameters())
+    unchanged = [name for name, value in adapters.named_parameters() if torch.equal(value, before[name])]
+    assert not unchanged
+    student = Student(dit_base, adapters)
+    trainable = {id(p) for p in student.parameters() if p.requires_grad}
+    assert trainable == {id(p) for p in adapters.parameters()}
+
+
+def whole_error(base: DiTBase, adapters: AdapterSet, store: TrajectoryStore) -> float:
+    batch = store.batch(torch.arange(len(store)))
+    with torch.no_grad():
+        prediction = Student(base, adapters)(batch.latents, batch.timestep, batch.condition, batch.guidance_scale)
+    return float((prediction - batch.target).square().mean())
+
+
+def test_the_error_falls_to_less_than_a_third(dit_base: DiTBase, store: TrajectoryStore) -> None:
+    adapters = some_adapters(dit_base, kind="low-rank", hidden_size=16)
+    before = whole_error(dit_base, adapters, store)
+    assert math.isclose(before, float(store.column("signal").mean()), rel_tol=1e-2)  # untrained: the conditional model
+    states = list(train(dit_base, adapters, store, TrainingSettings(num_steps=200, batch_size=32, learning_rate=1e-2)))
+    assert whole_error(dit_base, adapters, store) < before / 3
+    assert sum(state.loss for state in states[-20:]) < sum(state.loss for state in states[:20]) / 3
+
+
+def test_the_first_loss_is_that_of_a_hand_computation(dit_base: DiTBase, store: TrajectoryStore) -> None:
+    adapters = some_adapters(dit_base)
+    with torch.no_grad():  # not the identity any more
+        for parameter in adapters.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    batch = store.batch(batch_indices(len(store), 8, 0, seed=3))
+    adapters.attach(dit_base)
+    predictions = []
+    for row in range(8):  # one state at a time, by the transformer's own call
+        with torch.no_grad(), adapters.guided_by(float(batch.guidance_scale[row])):
+            output = dit_base.pipeline.transformer(
+                batch.latents[row : row + 1],
+                timestep=batch.timestep[row : row + 1],
+                class_labels=batch.condition["class_labels"][row : row + 1],
+            )
+        predictions.append(output.sample[0, :4])
+    errors = [float(((p - t) ** 2).mean()) for p, t in zip(predictions, batch.target)]
+    first = next(train(dit_base, adapters, store, QUICK))
+    assert first.step == 1
+    assert math.isclose(first.loss, sum(errors) / 8, rel_tol=1e-4)
+    torch.testing.assert_close(first.squared_error, torch.tensor(errors), rtol=1e-4, atol=1e-7)
+    assert torch.equal(first.timestep, batch.timestep)
+
+
+def test_the_weighted_loss_is_the_weighted_mean(dit_base: DiTBase, store: TrajectoryStore) -> None:
+    settings = TrainingSettings(num_steps=3, batch_size=16, weighting="timestep")
+    weights = timestep_weights(store)
+    for state in train(dit_base, some_adapters(dit_base), store, settings):
+        assert math.isclose(state.loss, float((weights[state.timestep] * state.squared_error).mean()), rel_tol=1e-5)
+        assert not math.isclose(state.loss, float(state.squared_error.mean()), rel_tol=1e-2)
+
+
+def test_training_continues_with_the_adapters_attached(dit_base: DiTBase, store: TrajectoryStore) -> None:
+    adapters = some_adapters(dit_base)
+    list(train(dit_base, adapters, store, QUICK))
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        plain = dit_base.denoise(latents, 500, dit_base.encode([1]))
+        with adapters.guided_by(4.0):
+            guided = dit_base.denoise(latents, 500, dit_base.encode([1]))
+    assert not torch.equal(plain, guided)
+
+
+# Learning rate -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("num_steps", "warmup_steps"), [(5_000, 500), (100, 10), (7, 1), (4, 0)])
+def test_learning_rate_is_a_linear_warm_up_and_a_cosine(num_steps: int, warmup_steps: int) -> None:
+    settings = TrainingSettings(num_steps=num_steps, learning_rate=1e-4)
+    for step in range(num_steps):
+        if step < warmup_steps:
+            expected = 1e-4 * (step + 1) / warmup_steps
+        else:
+            expected = 1e-4 * math.cos(math.pi / 2 * (step - warmup_steps) / (num_steps - warmup_steps)) ** 2
+        assert math.isclose(settings.learning_rate_at(step), expected, rel_tol=1e-9)
+    rates = [settings.learning_rate_at(step) for step in range(num_steps)]
+    assert max(rates) == 1e-4 and rates.index(1e-4) == max(0, warmup_steps - 1)
+    assert settings.learning_rate_at(num_steps) < 1e-20
+
+
+def test_warm_up_of_none_and_of_all_steps() -> None:
+    assert TrainingSettings(num_steps=10, learning_rate=1.0, warmup=0.0).learning_rate_at(0) == 1.0
+    whole = TrainingSettings(num_steps=10, learning_rate=1.0, warmup=1.0)
+    assert [whole.learning_rate_at(step) for step in range(10)] == [(step + 1) / 10 for step in range(10)]
+
+
+def test_the_optimiser_uses_that_rate(dit_base: DiTBase, store: TrajectoryStore) -> None:
+    """Adam's first step moves every parameter with a gradient by the learning rate."""
+    adapters = some_adapters(dit_base)
+    settings = TrainingSettings(num_steps=100, batch_size=8, learning_rate=1e-3)
+    before = {name: value.detach().clone() for name, value in adapters.named_parameters()}
+    training = train(dit_base, adapters, store, settings)
+    first = next(training)
+    assert first.learning_rate == settings.learning_rate_at(0) == pytest.approx(1e-4)
+    moved = [float((value - before[name]).abs().max()) for name, value in adapters.named_parameters()]
+    assert max(moved) == pytest.approx(1e-4, rel=1e-2)
+    assert [state.learning_rate for state in itertools.islice(training, 20)] == [
+        settings.learning_rate_at(step) for step in range(1, 21)
+    ]
+
+
+def test_the_papers_settings_are_the_defaults() -> None:
+    settings = TrainingSettings()
+    assert (settings.num_steps, settings.batch_size, settings.learning_rate) == (5_000, 64, 1e-4)
+    assert (settings.warmup, settings.weighting) == (0.1, "none")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_steps": 0},
+        {"batch_size": 0},
+        {"learning_rate": 0.0},
+        {"learning_rate": math.nan},
+        {"learning_rate": math.inf},
+        {"warmup": 1.5},
+        {"warmup": math.nan},
+        {"weighting": "snr"},
+    ],
+    ids=str,
+)
+def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        TrainingSettings(**changes)
+
+
+# Which states ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("num_states", "batch_size"), [(30, 6), (30, 7), (30, 30), (5, 64), (1, 3)])
+def test_every_state_is_read_once_an_epoch(num_states: int, batch_size: int) -> None:
+    steps = math.ceil(3 * num_states / batch_size)
+    batches = [batch_indices(num_states, batch_size, step, seed=1) for step in range(steps)]
+    assert all(len(batch) == batch_size for batch in batches)
+    sequence = torch.cat(batches).tolist()
+    for epoch in range(3):
+        assert sorted(sequence[epoch * num_states : (epoch + 1) * num_states]) == list(range(num_states))
+
+
+def test_epochs_and_seeds_are_shuffled_differently_and_steps_do_not_depend_on_each_other() -> None:
+    first, second = batch_indices(30, 30, 0, 1).tolist(), batch_indices(30, 30, 1, 1).tolist()
+    assert first != second != sorted(second) and first != batch_indices(30, 30, 0, 2).tolist()
+    torch.manual_seed(123)
+    assert batch_indices(30, 30, 1, 1).tolist() == second
+    in_sixes = torch.cat([batch_indices(30, 6, step, 1) for step in range(10)]).tolist()
+    in_fours = torch.cat([batch_indices(30, 4, step, 1) for step in range(15)]).tolist()
+    assert in_sixes == in_fours == first + second  # one endless sequence, cut into batches
+
+
+class FakeStore:
+    """A store's columns alone."""
+
+    def __init__(self, timestep: torch.Tensor, signal: torch.Tensor, total: int = 1000) -> None:
+        self.columns = {"timestep": timestep, "signal": signal}
+        self.manifest = {"num_train_timesteps": total}
+
+    def column(self, name: str) -> torch.Tensor:
+        return self.columns[name]
+
+
+def weights_of(timestep: torch.Tensor, signal: torch.Tensor, num_bins: int = 20, total: int = 1000) -> torch.Tensor:
+    return timestep_weights(FakeStore(timestep, signal, total), num_bins)  # type: ignore[arg-type]
+
+
+def test_equal_signals_have_weight_one() -> None:
+    timestep = torch.randint(0, 1000, (300,), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(weights_of(timestep, torch.full((300,), 0.02)), torch.ones(1000))
+
+
+def test_no_signal_at_all_has_weight_one() -> None:
+    assert torch.equal(weights_of(torch.arange(1000), torch.zeros(1000)), torch.ones(1000))
+
+
+def test_weights_are_inverse_to_the_mean_signal_of_their_bin() -> None:
+    timestep = torch.tensor([0, 10, 49, 60, 70, 990])  # bins 0, 0, 0, 1, 1, 19 of 50 timesteps each
+    weights = weights_of(timestep, torch.tensor([1.0, 2.0, 3.0, 4.0, 4.0, 0.5]))
+    mean = torch.tensor([2.0, 2.0, 2.0, 4.0, 4.0, 0.5])
+    expected = (1 / mean) / (1 / mean).mean()
+    torch.testing.assert_close(weights[timestep], expected)
+    assert weights.shape == (1000,) and weights.dtype == torch.float32
+    assert bool((weights[:50] == weights[0]).all()) and bool((weights[50:100] == weights[50]).all())
+    assert weights[0] != weights[50]
+
+
+def test_weights_have_mean_one_over_the_store_and_make_noise_levels_count_alike(store: TrajectoryStore) -> None:
+    weights, timestep, signal = timestep_weights(store), store.column("timestep"), store.column("signal")
+    assert float(weights[timestep].double().mean()) == pytest.approx(1, rel=1e-5)
+    sums = {t: float((weights[t] * signal[timestep == t]).mean()) for t in timestep.unique().tolist()}
+    assert max(sums.values()) == pytest.approx(min(sums.values()), rel=1e-3)
+    plain = [float(signal[timestep == t].mean()) for t in sums]
+    assert max(plain) > 1.5 * min(plain)
+
+
+def test_a_bin_almost_without_signal_does_not_take_over() -> None:
+    weights = weights_of(torch.tensor([10, 510]), torch.tensor([1.0, 1e-12]), num_bins=2)
+    assert float(weights[510] / weights[10]) == pytest.approx(2000, rel=1e-3)  # bounded at a thousandth of the mean
+
+
+# Resuming ----------------------------------------------------------------------------------------------------------
+
+
+def checkpoint(folder: Path, step: int) -> dict[str, bytes]:
+    return {name: (folder / f"step-{step:07d}" / name).read_bytes() for name in FILES}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(dit_folder: Path, store: TrajectoryStore, tmp_path_factory: Any) -> tuple[Path, list[TrainingState]]:
+    """Nine steps, checkpoints at 4, 8 and 9."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    _, states = run(dit_folder, store, checkpoints=folder, checkpoint_every=4)
+    return folder, states
+
+
+@pytest.mark.parametrize("stop_after", [0, 1, 4, 6, 8, 9])
+def test_a_resumed_run_is_the_uninterrupted_run_to_the_bit(
+    dit_folder: Path, store: TrajectoryStore, uninterrupted: Any, tmp_path: Path, stop_after: int
+) -> None:
+    folder, states = uninterrupted
+    run(dit_folder, store, steps=stop_after, checkpoints=tmp_path, checkpoint_every=4)
+    # other initial weights: everything must come from the checkpoint
+    changes = {"seed": 99} if stop_after >= 4 else {}
+    adapters, resumed = run(dit_folder, store, checkpoints=tmp_path, checkpoint_every=4, adapters=changes)
+    begun = 9 if stop_after == 9 else 4 * (stop_after // 4)
+    assert [state.step for state in resumed] == list(range(begun + 1, 10))
+    assert [state.loss for state in resumed] == [state.loss for state in states[begun:]]
+    assert checkpoint(tmp_path, 9) == checkpoint(folder, 9)
+    final = load_file(tmp_path / "step-0000009" / "adapters.safetensors")
+    assert all(torch.equal(value, final[name]) for name, value in adapters.state_dict().items())
+
+
+def test_checkpoints_do_not_change_training(dit_folder: Path, store: TrajectoryStore, uninterrupted: Any) -> None:
+    _, states = run(dit_folder, store)
+    assert [state.loss for state in states] == [state.loss for state in uninterrupted[1]]
+
+
+def test_the_newest_two_checkpoints_are_kept(dit_folder: Path, store: TrajectoryStore, tmp_path: Path) -> None:
+    run(dit_folder, store, checkpoints=tmp_path, checkpoint_every=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-0000008", "step-0000009"]
+    assert sorted(path.name for path in (tmp_path / "step-0000009").iterdir()) == sorted(FILES)
+
+
+def test_the_optimiser_has_its_moments_in_the_checkpoint(uninterrupted: Any) -> None:
+    moments = load_file(uninterrupted[0] / "step-0000009" / "optimizer.safetensors")
+    weights = load_file(uninterrupted[0] / "step-0000009" / "adapters.safetensors")
+    trained = {name.removeprefix("exp_avg.") for name in moments if name.startswith("exp_avg.")}
+    assert trained and trained <= weights.keys()
+    assert all(float(moments[f"step.{name}"]) == 9 for name in trained)
+    assert all(moments[f"exp_avg_sq.{name}"].shape == weights[name].shape for name in trained)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def flip(path: Path) -> None:
+    values = bytearray(path.read_bytes())
+    values[-1] ^= 1
+    path.write_bytes(values)
+
+
+def edit(**values: Any) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+    return change
+
+
+DAMAGES: dict[str, tuple[str, Callable[[Path], Any]]] = {
+    "truncated adapters": ("adapters.safetensors", cut),
+    "flipped adapters": ("adapters.safetensors", flip),
+    "flipped optimiser": ("optimizer.safetensors", flip),
+    "missing optimiser": ("optimizer.safetensors", Path.unlink),
+    "missing record": ("training.json", Path.unlink),
+    "truncated record": ("training.json", cut),
+    "edited step": ("training.json", edit(step=7)),
+    "edited step to text": ("training.json", edit(step="8")),
+    "no checksums": ("adapters.safetensors", lambda path: edit(sha256={})(path.with_name("training.json"))),
+    "checksums of text": ("adapters.safetensors", lambda path: edit(sha256="none")(path.with_name("training.json"))),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(
+    dit_folder: Path, store: TrajectoryStore, uninterrupted: Any, tmp_path: Path, damage: str
+) -> None:
+    shutil.copytree(uninterrupted[0], tmp_path / "run")
+    name, harm = DAMAGES[damage]
+    newest = tmp_path / "run" / "step-0000009"
+    harm(newest / name)
+    with pytest.raises(CheckpointError, match=f"step-0000009/{name}"):
+        run(dit_folder, store, checkpoints=tmp_path / "run")
+    if damage == "flipped adapters":  # the way out that the message names
+        shutil.rmtree(newest)
+        run(dit_folder, store, checkpoints=tmp_path / "run", checkpoint_every=4)
+        assert checkpoint(tmp_path / "run", 9) == checkpoint(uninterrupted[0], 9)
+
+
+@pytest.mark.parametrize(
+    ("settings", "adapters", "message"),
+    [
+        ({"num_steps": 10}, {}, "settings.num_steps"),
+        ({"batch_size": 4}, {}, "settings.batch_size"),
+        ({"learning_rate": 1e-3}, {}, "settings.learning_rate"),
+        ({"warmup": 0.2}, {}, "settings.warmup"),
+        ({"weighting": "timestep"}, {}, "settings.weighting"),
+        ({"seed": 4}, {}, "settings.seed"),
+        ({}, {"kind": "low-rank"}, "adapters.kind"),
+        ({}, {"hidden_size": 16}, "adapters.hidden_size"),
+        ({}, {"use_timestep": False}, "adapters.timestep_dim"),
+        ({}, {"use_condition": False}, "adapters.class_dim"),
+        ({}, {"scale_multiplier": 1000.0}, "adapters.scale_multiplier"),
+    ],
+)
+def test_another_run_is_not_continued(
+    dit_folder: Path, store: TrajectoryStore, uninterrupted: Any, settings: Any, adapters: Any, message: str
+) -> None:
+    values = {"num_steps": 9, "batch_size": 8, "learning_rate": 1e-2, "seed": 3} | settings
+    before = checkpoint(uninterrupted[0], 9)
+    with pytest.raises(CheckpointError, match=rf"is of a run with another {message}; continue"):
+        run(dit_folder, store, TrainingSettings(**values), checkpoints=uninterrupted[0], adapters=adapters)
+    assert checkpoint(uninterrupted[0], 9) == before
+
+
+def test_a_run_on_another_store_is_not_continued(dit_folder: Path, uninterrupted: Any, tmp_path: Path) -> None:
+    other = collect(load_base(dit_folder), a_plan(seed=1), tmp_path, progress=False)
+    with pytest.raises(CheckpointError, match="is of a run with another store"):
+        run(dit_folder, other, checkpoints=uninterrupted[0])
+
+
+# What is refused ---------------------------------------------------------------------------------------------------
+
+
+def test_an_unfinished_store_is_refused(dit_base: DiTBase, tmp_path: Path, monkeypatch: Any) -> None:
+    calls = 0
+
+    def stopping(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        return collect_batch(*args)
+
+    monkeypatch.setattr("agd_lib.trajectories.collect_batch", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        collect(dit_base, a_plan(), tmp_path, progress=False)
+    with pytest.raises(StoreError, match=r"is unfinished: run collect\(\) on it again"):
+        next(train(dit_base, some_adapters(dit_base), TrajectoryStore(tmp_path), QUICK))
+
+
+def test_another_base_model_is_refused(dit_base: DiTBase, store: TrajectoryStore) -> None:
+    with torch.no_grad():
+        next(dit_base.denoiser.parameters()).mul_(1.01)
+    with pytest.raises(StoreError, match="was collected with five-classes"):
+        next(train(dit_base, some_adapters(dit_base), store, QUICK))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"guidance_range": (1.0, 5.0)}, r"guidance range \[1.0, 6.0\], the adapters are made for \(1.0, 5.0\)"),
+        ({"guided_channels": 3}, "with 4 guided channels, the adapters are made for 3"),
+    ],
+)
+def test_adapters_for_another_teacher_are_refused(
+    dit_base: DiTBase, store: TrajectoryStore, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(StoreError, match=message):
+        next(train(dit_base, some_adapters(dit_base, **changes), store, QUICK))
+
+
+def test_no_checkpoint_every_zero_steps(dit_base: DiTBase, store: TrajectoryStore) -> None:
+    with pytest.raises(ValueError, match="checkpoint every 0 steps"):
+        next(train(dit_base, some_adapters(dit_base), store, QUICK, checkpoint_every=0))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_stops_and_names_step_and_checkpoint(
+    dit_base: DiTBase, store: TrajectoryStore, tmp_path: Path, bad: float
+) -> None:
+    adapters = some_adapters(dit_base)
+    training = train(dit_base, adapters, store, QUICK, checkpoints=tmp_path, checkpoint_every=2)
+    states = list(itertools.islice(training, 2))
+    with torch.no_grad():
+        next(adapters.parameters()).fill_(bad)
+    with pytest.raises(CheckpointError, match=r"the loss at step 3 is (nan|inf).*step-0000002"):
+        next(training)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-0000002"]
+    good = load_file(tmp_path / "step-0000002" / "adapters.safetensors")
+    assert all(bool(torch.isfinite(value).all()) for value in good.values())
+    assert len(states) == 2 and math.isfinite(states[-1].loss)
+
+
+def test_a_bad_loss_without_checkpoints_says_that_none_was_kept(dit_base: DiTBase, store: TrajectoryStore) -> None:
+    adapters = some_adapters(dit_base)
+    with torch.no_grad():
+        next(adapters.parameters()).fill_(math.nan)
+    with pytest.raises(CheckpointError, match=r"the loss at step 1 is nan.*none was kept"):
+        next(train(dit_base, adapters, store, QUICK))
+
+
+def test_a_store_smaller_than_a_batch_trains(dit_base: DiTBase, tmp_path: Path) -> None:
+    plan = a_plan(num_trajectories=1, num_inference_steps=3, steps_per_trajectory="all")
+    small = collect(dit_base, plan, tmp_path, batch_size=64, progress=False)
+    settings = TrainingSettings(num_steps=2, batch_size=8)
+    states = list(train(dit_base, some_adapters(dit_base), small, settings))
+    counts = sorted(Counter(states[0].timestep.tolist()).values())
+    assert counts == [2, 3, 3]
+
+
+# Several processes -------------------------------------------------------------------------------------------------
+
+WORKER = """
+import json, sys
+from accelerate import Accelerator
+from agd_lib.attach import AdapterSet
+from agd_lib.base_models import load_base
+from agd_lib.training import TrainingSettings, train
+from agd_lib.trajectories import TrajectoryStore
+
+base, accelerator = load_base(sys.argv[1]), Accelerator(cpu=True)
+adapters = AdapterSet.create(base, kind="offset", hidden_size=8)
+settings = TrainingSettings(num_steps=5, batch_size=64, learning_rate=1e-3)
+states = list(train(base, adapters, TrajectoryStore(sys.argv[2]), settings, checkpoints=sys.argv[3],
+                    checkpoint_every=5, accelerator=accelerator))
+assert accelerator.num_processes == 2
+with open(f"{sys.argv[4]}-{accelerator.process_index}.json", "w") as file:
+    json.dump({"loss": [state.loss for state in states], "rows": [len(state.timestep) for state in states]}, file)
+try:
+    next(train(base, adapters, TrajectoryStore(sys.argv[2]), TrainingSettings(batch_size=63), accelerator=accelerator))
+except ValueError as error:
+    assert "63 for 2 processes" in str(error)
+else:
+    raise AssertionError("an odd batch was shared out between two processes")
+"""
+
+
+def test_two_processes_of_half_the_batch_equal_one_of_the_whole(
+    dit_folder: Path, store: TrajectoryStore, tmp_path: Path
+) -> None:
+    (tmp_path / "worker.py").write_text(WORKER)
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"]
+    options = ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
+    arguments = [tmp_path / "worker.py", dit_folder, store.folder, tmp_path / "checkpoints", tmp_path / "log"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "PYTHONWARNINGS": "ignore"}
+    finished = subprocess.run(
+        [*launcher, *options, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    base = load_base(dit_folder)
+    assert isinstance(base, DiTBase)
+    adapters = some_adapters(base)
+    start = {name: value.clone() for name, value in adapters.state_dict().items()}
+    settings = TrainingSettings(num_steps=5, batch_size=64, learning_rate=1e-3)
+    losses = [state.loss for state in train(base, adapters, store, settings)]
+    logs = [json.loads((tmp_path / f"log-{rank}.json").read_text()) for rank in (0, 1)]
+    assert logs[0]["rows"] == logs[1]["rows"] == [32] * 5
+    for one, both in zip(losses, zip(logs[0]["loss"], logs[1]["loss"])):
+        assert both[0] != both[1] and sum(both) / 2 == pytest.approx(one, rel=1e-4)
+    together = load_file(tmp_path / "checkpoints" / "step-0000005" / "adapters.safetensors")
+    for name, value in adapters.state_dict().items():
+        torch.testing.assert_close(together[name], value, rtol=1e-4, atol=1e-5)
+    assert max(float((together[name] - start[name]).abs().max()) for name in start) > 2e-3  # it did learn
