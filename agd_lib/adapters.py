@@ -35,6 +35,15 @@ class AdapterInputs:
     class_embedding: Tensor | None = None
     prompt_embeddings: Tensor | None = None
 
+    def to(self, dtype: torch.dtype) -> AdapterInputs:
+        """With embeddings of another dtype; the guidance scale keeps its own (bfloat16 would round 4.01 to 4)."""
+        return AdapterInputs(
+            self.guidance_scale,
+            self.timestep_embedding.to(dtype),
+            None if self.class_embedding is None else self.class_embedding.to(dtype),
+            None if self.prompt_embeddings is None else self.prompt_embeddings.to(dtype),
+        )
+
 
 @dataclass(frozen=True)
 class AdapterSizes:
@@ -225,7 +234,8 @@ class LowRankAdapter(Adapter):
 
     def condition(self, inputs: AdapterInputs) -> tuple[Tensor, Tensor, Tensor]:
         w = inputs.guidance_scale
-        code = self.guidance_scale_encoding(torch.stack([w / 4, torch.log1p(w)], dim=1))  # (B, d)
+        features = torch.stack([w / 4, torch.log1p(w)], dim=1)
+        code = self.guidance_scale_encoding(features.to(self.down.weight.dtype))  # (B, d)
         if self.timestep_proj is not None:
             code = code + self.timestep_proj(inputs.timestep_embedding)
         if self.class_proj is not None and inputs.class_embedding is not None:
@@ -233,7 +243,7 @@ class LowRankAdapter(Adapter):
         if self.prompt_proj is not None and inputs.prompt_embeddings is not None:
             code = code + self.prompt_proj(inputs.prompt_embeddings.mean(dim=1))
         gain, shift, gate = self.modulation(F.silu(code))[:, None].chunk(3, dim=-1)  # each (B, 1, d)
-        return 1 + gain, shift, (w - 1)[:, None, None] * (1 + gate)
+        return 1 + gain, shift, (w - 1)[:, None, None].to(gate.dtype) * (1 + gate)
 
     def forward(self, hidden_states: Tensor, condition: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         gain, shift, gate = condition

@@ -237,9 +237,10 @@ class AdapterSet(nn.Module):
             return
         timestep, condition = self._base.read_call(args, kwargs)
         batch_size = len(next(iter(condition.values())))
-        like = next(self.parameters())
+        weight = next(self.parameters())
+        like = torch.empty(0, device=weight.device)
         scale = scale_at(self._scale, int(timestep.flatten()[0]) if callable(self._scale) else 0, batch_size, like)
-        inputs = self._base.adapter_inputs(timestep, condition, scale)
+        inputs = self._base.adapter_inputs(timestep, condition, scale).to(weight.dtype)
         self._conditions = {site: self._at(site).condition(inputs) for site in self.config.sites}
 
     def _site_hook(self, site: str) -> Any:

@@ -307,7 +307,7 @@ def load_base(
     known = KNOWN_BASES.get(str(name))
     source = known.source if known else str(name)
     revision = revision or (known.revision if known else None)
-    is_folder = Path(source).is_dir()
+    is_folder = source != "" and Path(source).is_dir()
     if not is_folder and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
         raise BaseModelError(
             f"got base model {str(name)!r}: no such folder, and not a hub id (owner/name). "
@@ -378,9 +378,11 @@ def count_flops(base: BaseModel) -> int:
 
     Counted by torch's own counter on the real operations, so attached adapters count too while they are active.
     """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     latents = torch.zeros(1, *base.latent_shape, device=base.device, dtype=base.dtype)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    # the counter knows the plain form of attention on every device, fused forms on GPUs only
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         base.denoise(latents, 0, base.null_condition(1))
     return math.floor(counter.get_total_flops())

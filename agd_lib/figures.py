@@ -46,7 +46,8 @@ def image_grid(
         cell: side of an image in inches.
     """
     rows = -(-len(images) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(cell * columns + 1.2, cell * rows + 0.5), squeeze=False)
+    size = (cell * columns + 1.2, cell * rows + (0.9 if title else 0.5))
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
     for axis in axes.flat:
         axis.set_xticks([])
         axis.set_yticks([])
@@ -59,7 +60,7 @@ def image_grid(
         axes[0, column].set_title(text, fontsize=9)
     if title:
         figure.suptitle(title, fontsize=11)
-    figure.tight_layout(pad=0.3)
+    figure.tight_layout(pad=0.3, rect=(0, 0, 1, 1 - 0.25 / figure.get_figheight() if title else 1))
     plt.close(figure)
     return figure
 

@@ -97,7 +97,7 @@ def sample(
 
     scheduler = copy.deepcopy(base.scheduler)  # multistep schedulers keep a history
     scheduler.set_timesteps(num_inference_steps, device=base.device)
-    latents = latents * scheduler.init_noise_sigma
+    latents = latents.to(base.device, base.dtype) * scheduler.init_noise_sigma
     step_arguments = {}
     if generators is not None and "generator" in inspect.signature(scheduler.step).parameters:
         step_arguments["generator"] = list(generators)

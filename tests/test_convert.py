@@ -359,6 +359,7 @@ def corrupted(model: dict[str, dict[str, Tensor]], how: str) -> dict[Any, Any]:
         ("odd site name", "x.pt|do not fit"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor")
 def test_tensors_that_do_not_fit_are_refused(dit_base: DiTBase, tmp_path: Path, how: str, message: str) -> None:
     theirs = their_adapters(dit_base, "attention", True, True, 1)
     model = {f"blocks.{i}.attn": dict(adapter.state_dict()) for i, adapter in enumerate(theirs)}

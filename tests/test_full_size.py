@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
 from agd_lib import AdapterSet
-from agd_lib.base_models import DiTBase
+from agd_lib.base_models import DiTBase, count_flops
 
 BLOCKS, WIDTH = 28, 1152
 CONFIG = {
@@ -45,6 +45,16 @@ def test_parameters(xl: DiTBase) -> None:
     assert xl.fingerprint() == "meta"
 
 
+def test_operations_of_one_forward_pass(xl: DiTBase) -> None:
+    """237 GFLOP, of which the attention's own two products are 8.5."""
+    tokens, patch_values, embedder = 256, 16, 256 * WIDTH + WIDTH**2
+    per_block = tokens * 12 * WIDTH**2 + 2 * tokens**2 * WIDTH + embedder + 6 * WIDTH**2
+    ends = tokens * patch_values * WIDTH + embedder + 2 * WIDTH**2 + tokens * WIDTH * 2 * patch_values
+    by_hand = 2 * (BLOCKS * per_block + ends)
+    assert by_hand == pytest.approx(237.2e9, rel=1e-3)
+    assert count_flops(xl) == by_hand
+
+
 def test_one_site_in_every_block(xl: DiTBase) -> None:
     sites = xl.attention_sites()
     assert list(sites) == [f"transformer_blocks.{i}.attn1" for i in range(BLOCKS)]
@@ -73,7 +83,7 @@ def test_the_papers_adapters(xl: DiTBase, kind: str, inputs: bool, parameters: i
 
 def test_every_kind_stays_within_the_papers_share(xl: DiTBase) -> None:
     """1 to 5 % of the base model, at a width that each kind would be given."""
-    for kind, hidden_size in (("offset", 192), ("cross-attention", 192), ("low-rank", 192)):
+    for kind, hidden_size in (("offset", 192), ("cross-attention", 160), ("low-rank", 192)):
         with torch.device("meta"):
             adapters = AdapterSet.create(xl, kind, hidden_size=hidden_size)
         assert 0.01 < adapters.num_parameters() / xl.num_parameters() < 0.05, kind

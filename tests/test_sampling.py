@@ -17,6 +17,9 @@ from agd_lib.base_models import DiTBase, count_forwards
 from agd_lib.guidance import Guidance
 from agd_lib.sampling import sample_seed
 
+# diffusers 0.42.1 on NumPy 2, in DPMSolverMultistepScheduler
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
+
 SCHEDULERS = [DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler]
 
 
