@@ -59,8 +59,8 @@ def image_grid(
     for column, text in enumerate(column_titles):
         axes[0, column].set_title(text, fontsize=9)
     if title:
-        figure.suptitle(title, fontsize=11)
-    figure.tight_layout(pad=0.3, rect=(0, 0, 1, 1 - 0.25 / figure.get_figheight() if title else 1))
+        figure.suptitle(title, fontsize=11, y=1 - 0.05 / size[1], va="top")
+    figure.tight_layout(pad=0.3, rect=(0, 0, 1, 1 - 0.3 / size[1] if title else 1))
     plt.close(figure)
     return figure
 
@@ -350,19 +350,19 @@ def scale_colours(scales: Sequence[float]) -> dict[float, Any]:
     return dict(zip(scales, plt.colormaps["viridis_r"](np.linspace(0.12, 0.95, len(scales)))))
 
 
-def _plane(points: int = 160) -> Tensor:
+def _plane(points: int = 240) -> Tensor:
     """A grid of points in the plane, (points, points, 2), rows from bottom to top."""
     line = torch.linspace(-_EXTENT, _EXTENT, points, dtype=torch.float64)
     return torch.stack(torch.meshgrid(line, line, indexing="xy"), dim=-1)
 
 
 def _shade(axis: Axes, values: Tensor, colour: Sequence[float] = _ASKED, strength: float = 0.9) -> None:
-    """Show values (n, n) >= 0 on the plane: transparent at 0, ``colour`` at the largest."""
+    """Show values (n, n) >= 0 on the plane in ten flat steps: transparent at 0, ``colour`` at the largest."""
     picture = np.zeros((*values.shape, 4))
     picture[..., :3] = colour
-    picture[..., 3] = strength * np.clip(np.asarray(values / values.max()), 0, 1) ** 0.7
+    picture[..., 3] = strength * np.round(10 * np.clip(np.asarray(values / values.max()), 0, 1) ** 0.7) / 10
     limits = (-_EXTENT, _EXTENT, -_EXTENT, _EXTENT)
-    axis.imshow(picture, origin="lower", extent=limits, interpolation="bilinear")
+    axis.imshow(picture, origin="lower", extent=limits, interpolation="nearest")
 
 
 def _arms(axis: Axes, mixture: GaussianMixture, label: int, time: float = 0.0, strength: float = 0.55) -> None:
@@ -464,7 +464,7 @@ def guided_levels(
     Args:
         times: (T,). paths: scale -> (T, N, 2). levels: times to show, one per column; one row per scale.
     """
-    figure, axes = _panels(len(paths), len(levels), 2.2)
+    figure, axes = _panels(len(paths), len(levels), 1.75)
     grid = _plane()
     line = grid[0, :, 0].numpy()
     for column, level in enumerate(levels):
@@ -494,7 +494,7 @@ def guided_state(
         states: (N, 2) at this time. before: (T, M, 2), paths from noise up to this time.
     """
     figure, axes = _panels(1, 1, 4.6)
-    axis, grid = axes[0, 0], _plane(110)
+    axis, grid = axes[0, 0], _plane()
     density = mixture.given(label).noised(time)
     log_density = density.log_density(grid)
     _shade(axis, log_density.exp(), strength=0.5)

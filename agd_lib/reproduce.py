@@ -164,7 +164,7 @@ def load_profile(name: str, base: str, path: Path | None = None) -> Profile:
     if not all(isinstance(expected[cost], int | float) and expected[cost] >= 0 for cost in costs):
         raise ReproduceError(f"{display_path(path)}: the numbers under 'expected' must not be negative: {expected}")
     exceptions = {str(key): values.pop(key) for key, value in list(values.items()) if isinstance(value, dict)}
-    return Profile(name, base, values, *(float(expected[cost]) for cost in costs), exceptions)
+    return Profile(name, base, values, **{cost: float(expected[cost]) for cost in costs}, exceptions=exceptions)
 
 
 def declared_parameters(path: Path) -> set[str]:
@@ -298,6 +298,7 @@ def execute(path: Path, output: Path, parameters: dict[str, Any], label: str) ->
             engine_name=NOTE,
             cwd=str(path.parent),
             start_timeout=300,
+            extra_arguments=["--log-level=ERROR"],  # of the kernel: its warnings are not the notebook's
             progress_bar={"desc": label, "dynamic_ncols": True},
         )
     except PapermillExecutionError as error:

@@ -4,7 +4,8 @@
         ...                                   # watch state.loss; stop when you like
 
 The recorded targets are all that is left of the teacher: a step is one forward and one backward pass at the cost of
-the conditional model. With ``accelerate launch`` every process takes its share of each batch.
+the conditional model. With ``accelerate launch`` (``torchrun`` on CPUs, where the former needs MPI to start more than
+one process) every process takes its share of each batch.
 """
 
 from __future__ import annotations
@@ -158,7 +159,7 @@ def train(
         store: complete, and collected with this base model.
         checkpoints: folder for checkpoints; with one there, training resumes from it exactly.
         checkpoint_every: steps between checkpoints; one more is written at the end. The newest two are kept.
-        accelerator: to train with several processes or devices (``accelerate launch``).
+        accelerator: to train with settings of its own, such as mixed precision.
 
     Raises:
         ValueError: if the batch cannot be shared out evenly among the processes.

@@ -11,13 +11,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small_models import build_dit_pipeline, randomise
 from torch import Tensor
 
-from agd_lib import AGD, AdapterSet, Unguided, base_from_pipeline, load_base, sample, storage
+from agd_lib import AGD, AdapterSet, Unguided, attach, base_from_pipeline, load_base, sample, storage
 from agd_lib.adapters import ADAPTERS
 from agd_lib.attach import CONFIG_NAME, WEIGHTS_NAME
 from agd_lib.base_models import BaseModel, DiTBase
@@ -468,6 +469,25 @@ def test_missing_files_are_named(saved: Path, tmp_path: Path) -> None:
         AdapterSet.from_pretrained("nonsense")
 
 
+def test_adapters_come_from_the_hub_without_pickles(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **kw: (asked.append((args, kw)), saved)[1])
+    assert AdapterSet.from_pretrained("somebody/their-adapters").config.kind == "cross-attention"
+    patterns = ["config.json", "adapter_model.safetensors", "README.md"]
+    assert asked == [(("somebody/their-adapters",), {"allow_patterns": patterns})]
+
+
+def test_a_hub_that_cannot_be_reached_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*args: Any, **kwargs: Any) -> None:
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    with pytest.raises(
+        AdapterError, match=r"could not fetch the adapters 'somebody/their-adapters' .*no route to host"
+    ):
+        AdapterSet.from_pretrained("somebody/their-adapters")
+
+
 class Bomb:
     """Unpickled, it writes a file."""
 
@@ -520,6 +540,27 @@ def test_weights_of_other_names_shapes_or_types_are_refused(saved: Path, change:
     }[change]
     with pytest.raises(AdapterError, match=expected + r".*\(1 differences\)"):
         AdapterSet.from_pretrained(saved)
+
+
+# Which adapters to use --------------------------------------------------------------------------------------------------
+
+
+def test_a_runs_own_adapters_come_before_the_shipped_ones(
+    dit_base: DiTBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attach, "DATA", tmp_path / "data")
+    dit_base.name = "my-dit"
+    own, shipped = tmp_path / "run" / "adapters" / "offset", tmp_path / "data" / "my-dit" / "adapters" / "offset"
+    with pytest.raises(
+        AdapterError, match=r"found no trained offset adapters for my-dit.*run/adapters/offset.*02_.*03_"
+    ):
+        attach.find_adapters(dit_base, tmp_path / "run", "offset")
+    new(dit_base).save_pretrained(shipped)
+    assert attach.find_adapters(dit_base, tmp_path / "run", "offset") == shipped
+    new(dit_base).save_pretrained(own)
+    assert attach.find_adapters(dit_base, tmp_path / "run", "offset") == own
+    with pytest.raises(ValueError, match="got adapter kind 'lora'"):
+        attach.find_adapters(dit_base, tmp_path / "run", "lora")
 
 
 # A disk that refuses ----------------------------------------------------------------------------------------------------

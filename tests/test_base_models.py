@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
 from safetensors.torch import load_file, save_file
 from small_models import CLASS_NAMES, build_dit_pipeline, write_dit_folder
 
@@ -109,6 +110,39 @@ def test_the_hub_repositorys_older_class_name_loads_as_well(dit1000_folder: Path
     assert isinstance(older, DiTBase) and isinstance(newer, DiTBase)
     assert torch.equal(run(older, [0, 999]), run(newer, [0, 999]))
     assert list(older.attention_sites()) == list(newer.attention_sites())
+
+
+class Hub:
+    """Stands in for ``DiffusionPipeline.from_pretrained``: remembers what it was asked for."""
+
+    def __init__(self, answer: Any) -> None:
+        self.answer = answer
+        self.asked: tuple[str, dict[str, Any]] | None = None
+
+    def __call__(self, source: str, **settings: Any) -> Any:
+        self.asked = (source, settings)
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+
+def test_dit_xl_is_asked_for_at_its_pinned_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Hub(build_dit_pipeline())
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", hub)
+    base = load_base("dit-xl-2-256", dtype=torch.float16)
+    settings = {"revision": "refs/pr/1", "dtype": torch.float16, "use_safetensors": True}
+    assert hub.asked == ("facebook/DiT-XL-2-256", settings)
+    assert (base.name, base.revision) == ("dit-xl-2-256", "refs/pr/1")
+    load_base("somebody/their-dit", revision="abc")
+    assert hub.asked == ("somebody/their-dit", settings | {"revision": "abc", "dtype": torch.float32})
+
+
+def test_a_hub_that_cannot_be_reached_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", Hub(OSError("no route to host")))
+    with pytest.raises(
+        BaseModelError, match=r"'facebook/DiT-XL-2-256' \(revision refs/pr/1\): no route to host.*network"
+    ):
+        load_base("dit-xl-2-256")
 
 
 # Conditions -------------------------------------------------------------------------------------------------------------
@@ -301,3 +335,28 @@ def test_unguided_costs_half_of_cfg_in_operations(dit_base: DiTBase) -> None:
         once = meter.samples
         CFG(2.0).predict(dit_base, noise(dit_base, 2), 5, dit_base.encode([0, 1]))
     assert meter.samples - once == 2 * once
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_the_clean_estimate_of_a_perfect_prediction_is_the_clean_latent(prediction_type: str) -> None:
+    base = base_from_pipeline(build_dit_pipeline(prediction_type=prediction_type))
+    generator = torch.Generator().manual_seed(0)
+    clean, added = torch.randn(2, 3, 4, 8, 8, generator=generator)
+    timesteps = torch.full((3,), 700)
+    noised = base.scheduler.add_noise(clean, added, timesteps)
+    perfect = {
+        "epsilon": added,
+        "v_prediction": base.scheduler.get_velocity(clean, added, timesteps),
+        "sample": clean,
+    }[prediction_type]
+    assert torch.allclose(base.clean_estimate(noised, perfect, 700), clean, atol=1e-4)
+
+
+def test_images_are_encoded_to_scaled_latents_by_a_generator(dit_base: DiTBase) -> None:
+    images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    latents = dit_base.encode_images(images, torch.Generator().manual_seed(1))
+    assert latents.shape == (3, *dit_base.latent_shape)
+    assert torch.equal(latents, dit_base.encode_images(images, torch.Generator().manual_seed(1)))
+    posterior = dit_base.vae.encode(images * 2 - 1).latent_dist
+    expected = posterior.sample(torch.Generator().manual_seed(1)) * dit_base.vae.config.scaling_factor
+    assert torch.equal(latents, expected)

@@ -31,6 +31,7 @@ from agd_lib.trajectories import (
     collect,
     collect_batch,
     draw_trajectory,
+    mean_over_timesteps,
     noised_data_states,
     predicted_size,
     read_manifest,
@@ -709,3 +710,10 @@ def test_any_json_at_all_gives_a_store_error(tmp_path: Path, value: Any) -> None
     (tmp_path / "manifest.json").write_text(json.dumps(value))
     with pytest.raises(AGDError):
         read_manifest(tmp_path)
+
+
+def test_means_over_ranges_of_timesteps_skip_empty_ranges() -> None:
+    timesteps = torch.tensor([999, 0, 49, 500, 510])
+    times, means = mean_over_timesteps(timesteps, torch.tensor([1.0, 2.0, 4.0, 10.0, 20.0]), 1000, num_ranges=20)
+    assert times.tolist() == [24.5, 505.0, 999.0]
+    assert means.tolist() == [3.0, 15.0, 1.0]

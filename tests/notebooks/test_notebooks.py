@@ -57,7 +57,7 @@ def test_one_cell_of_parameters(committed: Any) -> None:
     tagged = [cell for cell in committed.cells if "parameters" in cell.metadata.get("tags", [])]
     assert len(tagged) == 1
     for line in tagged[0].source.splitlines():
-        assert re.fullmatch(r"\w+: (str|int|float|bool|dict) = .+  # .+", line), (
+        assert re.fullmatch(r"\w+: (str|int|float|bool|dict|list)(\[[\w, ]+\])? = .+  # .+", line), (
             f"expected `name: type = literal  # what`: {line}"
         )
 
