@@ -27,7 +27,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml
 	@test -x $(BIN)/python || test -n '$(PYTHON)' || { \
 		echo 'Needs Python 3.11, 3.12 or 3.13 and found none. Install python3.11 with venv' >&2; \
-		echo '(Debian, Ubuntu: apt install python3.11-venv), or use conda: see README.md, Installation.' >&2; exit 1; }
+		echo '(Debian, Ubuntu: apt install python3.11-venv), or use conda: see README.md, Installation without make.' >&2; exit 1; }
 	@rm -f $(STAMP)
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) || { \
 		echo 'This Python has no venv. Debian, Ubuntu: apt install python3.11-venv; or use conda: see README.md.' >&2; \
@@ -48,9 +48,10 @@ lint: setup
 unit: setup
 	$(BIN)/python -m pytest
 
-# Every committed notebook runs with its own defaults, and what must not change is compared with what is stored in it.
+# Every committed notebook runs with its own defaults in an empty runs folder, and what must not change is compared with
+# what is stored in it.
 notebook-tests: setup
-	$(BIN)/python -m pytest notebooks --nbval-lax --nbval-current-env --nbval-cell-timeout=300 \
+	runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && AGD_LIB_RUNS="$$runs" $(BIN)/python -m pytest notebooks --nbval-lax --nbval-current-env --nbval-cell-timeout=300 \
 		--nbval-sanitize-with tests/notebooks/sanitize.cfg -p no:cacheprovider
 
 lab: setup

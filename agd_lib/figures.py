@@ -565,7 +565,8 @@ def accuracy_and_diversity(
         accuracy: share of images that show the asked class; None without a classifier.
         diversity: mean feature distance between images of one class, as a share of that without guidance.
     """
-    figure, axes = plt.subplots(1, 3 if accuracy is not None else 1, figsize=(10.5, 3.1), squeeze=False)
+    columns = 3 if accuracy is not None else 1
+    figure, axes = plt.subplots(1, columns, figsize=(3.5 * columns, 3.1), squeeze=False)
     curves = [(diversity, "diversity within a class", "#4d9221")]
     if accuracy is not None:
         curves.insert(0, (accuracy, "class accuracy", COLOURS["cfg"]))

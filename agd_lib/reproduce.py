@@ -25,9 +25,11 @@ import re
 import shlex
 import shutil
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256 as digest
@@ -376,20 +378,35 @@ def _without_widget(output: NotebookNode) -> NotebookNode | None:
 def execute_in_place(folder: Path = NOTEBOOKS, only: Sequence[str] = ()) -> None:
     """Run the notebooks with the defaults in their own parameters cells, and write them back with the new outputs.
 
-    A notebook that fails is left as it was.
+    Each begins with an empty folder for its run, so its outputs do not depend on what was run before. A notebook that
+    fails is left as it was.
     """
     paths = [path for path in sorted(folder.glob("[0-9]*.ipynb")) if _wanted(path.stem, only)]
     if not paths:
         raise ReproduceError(f"no notebook in {display_path(folder)} begins with {' or '.join(only) or 'a number'}")
     for number, path in enumerate(paths, 1):
         start = time.monotonic()
-        partial = ROOT / "runs" / "in-place" / f"{path.stem}.partial.ipynb"
-        executed = execute(path, partial, {}, f"[{number}/{len(paths)}] {path.stem}")
+        with tempfile.TemporaryDirectory(prefix="agd-lib-") as empty, _environment("AGD_LIB_RUNS", empty):
+            partial = repository_path(f"runs/in-place/{path.stem}.partial.ipynb")
+            executed = execute(path, partial, {}, f"[{number}/{len(paths)}] {path.stem}")
+            partial.unlink()
         memory = executed.metadata[NOTE]["peak_memory_mib"]
         _write_notebook(path, strip_execution(executed))
-        partial.unlink()
         size = path.stat().st_size / 2**10
         _say(f"{path.name}: {format_seconds(time.monotonic() - start)}, {memory:,} MiB of memory, {size:,.0f} KiB")
+
+
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    """Set an environment variable for the processes that are started inside the block."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
 
 
 def _wanted(name: str, only: Sequence[str]) -> bool:

@@ -254,6 +254,8 @@ class TrainingLog:
         self.snapshots: dict[int, Tensor] = {}
         if self.path.is_file():
             tensors = read_tensors(self.path, CheckpointError, "training log")
+            if not {"step", "loss"} <= tensors.keys():
+                raise CheckpointError(f"the training log {self.path} has no steps and losses: remove it")
             self.losses = dict(zip(tensors.pop("step").tolist(), tensors.pop("loss").tolist()))
             self.snapshots = {int(name.removeprefix("snapshot.")): value for name, value in tensors.items()}
 

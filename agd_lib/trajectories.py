@@ -329,13 +329,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if len(shards) > planned:
         raise StoreError(f"the manifest in {folder} lists {len(shards)} shards, its plan has {planned}")
     for number, shard in enumerate(shards):
-        fits = (
+        whole = (
             isinstance(shard, dict)
             and shard.get("file") == f"shard-{number:05d}.safetensors"
             and isinstance(shard.get("rows"), int)
             and isinstance(shard.get("sha256"), str)
         )
-        if not fits:
+        if not whole:
             raise StoreError(f"the manifest in {folder} has a malformed entry for shard {number}: {shard!r}")
     return manifest
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +21,8 @@ from agd_lib.budget import (
     sampling_cost,
     seconds_per_forward,
     training_cost,
+    version_differences,
+    what_runs,
 )
 from agd_lib.training import TrainingSettings
 from agd_lib.trajectories import CollectionPlan, predicted_size
@@ -85,3 +89,27 @@ def test_the_environment_is_reported(tmp_path: Path) -> None:
     assert report["torch"] == torch.__version__
     assert set(report) >= {"Python", "diffusers", "accelerate", "processor cores", "memory", "free disk"}
     assert ("GPU" in report) != any(name.startswith("GPU ") for name in report)
+
+
+def test_what_runs_follows_from_what_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agd_lib.budget.shutil, "disk_usage", lambda folder: SimpleNamespace(free=200 * 2**30))
+    monkeypatch.setattr(agd_lib.budget, "_memory_gib", lambda: 31.2)  # sold as 32
+    monkeypatch.setattr(agd_lib.budget, "_gpu_memory_gib", lambda: 0.0)
+    without_gpu = {job: (runs, note) for job, runs, note in what_runs(tmp_path)}
+    tiny, *_, paper = without_gpu.values()
+    assert tiny == (True, "")
+    assert paper == (False, "needs 24 GiB on one GPU, found 0")
+    monkeypatch.setattr(agd_lib.budget, "_gpu_memory_gib", lambda: 23.6)  # what a card of 24 GB reports
+    assert all(runs for _, runs, _ in what_runs(tmp_path))
+    monkeypatch.setattr(agd_lib.budget, "_memory_gib", lambda: 1.0)
+    assert not any(runs for _, runs, _ in what_runs(tmp_path))
+
+
+def test_libraries_of_another_version_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def requires(name: str) -> list[str]:
+        return ["torch==0.1", "numpy>=1", "no-such-library==2", "pytest==1; extra == 'dev'"]
+
+    monkeypatch.setattr(importlib.metadata, "requires", requires)
+    first, second = version_differences()
+    assert first == f"torch is {importlib.metadata.version('torch')}, tested with ==0.1"
+    assert second == "no-such-library is not installed, tested with ==2"

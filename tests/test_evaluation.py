@@ -37,6 +37,7 @@ from agd_lib.evaluation import (
     save_reference,
     statistics,
     time_side_by_side,
+    within_class_distance,
 )
 from agd_lib.extractor import ShapesExtractor
 from agd_lib.guidance import AGD, CFG, GuidanceInterval, Unguided
@@ -466,3 +467,12 @@ def test_a_base_with_an_extractor_of_its_own_uses_it(
 
 def test_evaluation_errors_are_agd_errors() -> None:
     assert issubclass(EvaluationError, AGDError)
+
+
+def test_distance_within_classes_by_hand() -> None:
+    features = torch.tensor([[0.0, 0.0], [3.0, 4.0], [100.0, 0.0], [100.0, 1.0], [100.0, 2.0]])
+    # class 7: one pair at distance 5; class 2: distances 1, 1, 2. Every class has the same weight; classes do not mix.
+    assert within_class_distance(features, [7, 7, 2, 2, 2]) == pytest.approx((5 + 4 / 3) / 2)
+    assert within_class_distance(torch.ones(4, 3), torch.tensor([0, 0, 1, 1])) == 0
+    with pytest.raises(ValueError, match=r"\{0: 1, 1: 4\}, expected at least 2 per class"):
+        within_class_distance(features, [0, 1, 1, 1, 1])

@@ -9,6 +9,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from agd_lib import figures
+from agd_lib.evaluation import Timing
+from agd_lib.mixture import guided_paths, pinwheel
 
 
 @pytest.fixture(autouse=True)
@@ -54,3 +56,36 @@ def test_the_figures_of_trajectories_and_adapters_can_be_drawn() -> None:
         figures.adapter_sites(6, 160, 32),
     ]
     assert all(isinstance(figure, Figure) for figure in drawn)
+
+
+def test_cost_bars_show_what_was_counted_and_timed() -> None:
+    timings = {"cfg": Timing(0.04, 0.03, 0.06), "agd offset": Timing(0.02, 0.02, 0.03)}
+    counted, timed = figures.cost_bars({"cfg": 40, "agd offset": 20}, {8: timings}).axes
+    assert [bar.get_width() for bar in counted.patches] == [40, 20]
+    assert [bar.get_width() for bar in timed.patches] == pytest.approx([40, 20])  # milliseconds
+    assert [label.get_text() for label in counted.get_yticklabels()] == ["cfg", "agd offset"]
+    assert timed.get_xlabel() == "ms per image, batch of 8"
+
+
+def test_figures_of_the_plane_have_a_panel_for_each_scale_and_level() -> None:
+    world = pinwheel(num_components=3)
+    arm, start = world.given(0), torch.randn(40, 2, dtype=torch.float64)
+    paths = {}
+    for scale in (1.0, 3.0):
+        times, paths[scale] = guided_paths(arm, world, scale, start, num_steps=8)
+    drawn = {
+        figures.sharpened_densities(world, 0, [1, 2]): 4,
+        figures.guidance_field(world, 0, 0.3, 3.0): 4,
+        figures.guided_path_panels(world, 0, paths, show=10): 2,
+        figures.guided_levels(world, 0, times, paths, [0.8, 0.4, 0.0], show=20): 6,
+        figures.guided_state(world, 0, float(times[4]), paths[3.0][4], paths[3.0][:5, :6], 3.0): 1,
+        figures.promised_and_reached(world, 0, {scale: path[-1] for scale, path in paths.items()}): 4,
+        figures.leaving_the_diffusion([0.9, 0.0], {1.0: [0.1, 0.1]}, {1.0: [1.0, 0.9]}): 2,
+        figures.accuracy_and_diversity([1, 2], [0.5, 0.9], [1.0, 0.8]): 3,
+        figures.accuracy_and_diversity([1, 2], None, [1.0, 0.8]): 1,  # an extractor that knows no classes
+        figures.guidance_diagram(): 1,
+    }
+    for figure, panels in drawn.items():
+        assert len(figure.axes) == panels
+    ends = figures.guided_path_panels(world, 0, paths, show=10).axes[1].collections[-1].get_offsets()
+    assert torch.equal(torch.as_tensor(ends.data), paths[3.0][-1, :10])

@@ -85,7 +85,7 @@ def test_scale_one_is_the_conditional_field_and_zero_the_unconditional(mixture, 
 
 
 def test_densities_integrate_to_one_and_posteriors_sum_to_one(mixture, points):
-    axis = torch.linspace(-9, 9, 721, dtype=torch.float64)
+    axis = torch.linspace(-9, 9, 361, dtype=torch.float64)
     grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), dim=-1)
     cell = float(axis[1] - axis[0]) ** 2
     for density in (mixture, mixture.given(0), mixture.noised(0.4)):
@@ -139,15 +139,15 @@ def test_guided_paths_solve_the_flow(scale):
 def test_scale_one_flows_to_the_class_and_a_larger_scale_leaves_it():
     mixture = pinwheel()
     arm = mixture.given(0)
-    start = torch.randn(2_000, 2, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    start = torch.randn(1_500, 2, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
     outside = {}
     for scale in (1.0, 7.0):
-        _, paths = guided_paths(arm, mixture, scale, start, num_steps=60)
+        _, paths = guided_paths(arm, mixture, scale, start, num_steps=40)
         outside[scale] = (arm.log_density(paths[-1]) < arm.density_level(0.95)).double().mean().item()
         if scale == 1.0:
-            assert (paths[-1].mean(dim=0) - arm.mean()).abs().max() < 0.06
-            assert (torch.cov(paths[-1].T) - arm.covariance()).abs().max() < 0.05
-    assert outside[1.0] == pytest.approx(0.05, abs=0.02)  # what the region of 95 % leaves out, and no more
+            assert (paths[-1].mean(dim=0) - arm.mean()).abs().max() < 0.08
+            assert (torch.cov(paths[-1].T) - arm.covariance()).abs().max() < 0.06
+    assert outside[1.0] == pytest.approx(0.05, abs=0.025)  # what the region of 95 % leaves out, and no more
     assert outside[7.0] > 0.4
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from agd_lib.attach import AdapterSet
 from agd_lib.base_models import DiTBase, load_base
@@ -539,7 +539,7 @@ def test_two_processes_of_half_the_batch_equal_one_of_the_whole(
     arguments = [tmp_path / "worker.py", dit_folder, store.folder, tmp_path / "checkpoints", tmp_path / "log"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     finished = subprocess.run(
-        [*launcher, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=300
+        [*launcher, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=600
     )
     assert finished.returncode == 0, finished.stderr[-3000:]
     base = load_base(dit_folder)
@@ -585,4 +585,10 @@ def test_a_training_log_is_read_back_whole(tmp_path: Path) -> None:
     assert again.snapshots.keys() == {0, 10} and torch.equal(again.snapshots[10], torch.arange(4.0))
     (tmp_path / "log.safetensors").write_bytes(b"no tensors here")
     with pytest.raises(CheckpointError, match="training log"):
+        TrainingLog(tmp_path / "log.safetensors")
+
+
+def test_a_training_log_of_other_tensors_is_refused(tmp_path: Path) -> None:
+    save_file({"loss": torch.zeros(3)}, tmp_path / "log.safetensors")
+    with pytest.raises(CheckpointError, match="has no steps and losses"):
         TrainingLog(tmp_path / "log.safetensors")
