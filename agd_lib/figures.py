@@ -377,7 +377,7 @@ def _arms(axis: Axes, mixture: GaussianMixture, label: int, time: float = 0.0, s
 
 def _panels(rows: int, columns: int, side: float = 2.45, headroom: float = 0.35) -> tuple[Figure, Any]:
     """A figure of square panels of the plane, without ticks."""
-    figure, axes = plt.subplots(rows, columns, figsize=(side * columns, side * rows + headroom), squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=(side * columns, side * rows + headroom), dpi=80, squeeze=False)
     for axis in axes.flat:
         axis.set(xlim=(-_EXTENT, _EXTENT), ylim=(-_EXTENT, _EXTENT), xticks=[], yticks=[], aspect="equal")
         axis.spines[:].set_color("#bbbbbb")
@@ -412,7 +412,7 @@ def guidance_field(mixture: GaussianMixture, label: int, time: float, scale: flo
     Arrows are scores times the noise variance, the way towards the denoised point; one length unit in all panels.
     """
     unconditional, conditional = mixture.noised(time), mixture.given(label).noised(time)
-    grid = _plane(13)[1:-1, 1:-1].reshape(-1, 2)
+    grid = _plane(11)[1:-1, 1:-1].reshape(-1, 2)
     without, given = unconditional.score(grid), conditional.score(grid)
     fields = {
         "without the class\n" + r"$s_\varnothing$": (without, "#555555"),
@@ -435,7 +435,7 @@ def guidance_field(mixture: GaussianMixture, label: int, time: float, scale: flo
     return _finish(figure)
 
 
-def guided_path_panels(mixture: GaussianMixture, label: int, paths: Mapping[float, Tensor], show: int = 45) -> Figure:
+def guided_path_panels(mixture: GaussianMixture, label: int, paths: Mapping[float, Tensor], show: int = 40) -> Figure:
     """Probability-flow paths from the same noise, one panel per scale.
 
     Args:
@@ -457,14 +457,14 @@ def guided_levels(
     times: Tensor,
     paths: Mapping[float, Tensor],
     levels: Sequence[float],
-    show: int = 350,
+    show: int = 250,
 ) -> Figure:
     """Guided states (dots) on the class's own noised density (blue; the line encloses 95 % of it), noise to data.
 
     Args:
         times: (T,). paths: scale -> (T, N, 2). levels: times to show, one per column; one row per scale.
     """
-    figure, axes = _panels(len(paths), len(levels), 1.75)
+    figure, axes = _panels(len(paths), len(levels), 2.1)
     grid = _plane()
     line = grid[0, :, 0].numpy()
     for column, level in enumerate(levels):
@@ -515,7 +515,7 @@ def leaving_the_diffusion(
         times: from noise to data. outside: scale -> share of states outside the region that holds 95 %.
         spread: scale -> area that the states cover, as a share of the density's own.
     """
-    figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.2))
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.2), dpi=80)
     colours = scale_colours(list(outside))
     panels = (
         (outside, 0.05, "share outside the 95 % region", "expected of true samples"),
@@ -566,7 +566,7 @@ def accuracy_and_diversity(
         diversity: mean feature distance between images of one class, as a share of that without guidance.
     """
     columns = 3 if accuracy is not None else 1
-    figure, axes = plt.subplots(1, columns, figsize=(3.5 * columns, 3.1), squeeze=False)
+    figure, axes = plt.subplots(1, columns, figsize=(3.5 * columns, 3.1), dpi=80, squeeze=False)
     curves = [(diversity, "diversity within a class", "#4d9221")]
     if accuracy is not None:
         curves.insert(0, (accuracy, "class accuracy", COLOURS["cfg"]))

@@ -187,11 +187,14 @@ def _cell(mean: float | None, deviation: float | None, digits: int) -> str:
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table, mean ± standard deviation over seeds; rows of several bases name theirs."""
+    """The rows as a Markdown table, mean ± standard deviation over seeds; rows of several bases name theirs.
+
+    Seconds are left out: those of separate runs drift with the machine, speed is measured side by side elsewhere.
+    """
     several = len({row.base for row in rows}) > 1
     lines = [
-        "| method | scale | NFE | FD | precision | recall | accuracy | endpoint error | ms / image | n x seeds |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| method | scale | NFE | FD | precision | recall | accuracy | endpoint error | n x seeds |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for s in summarise(rows):
         values = [
@@ -203,7 +206,6 @@ def markdown_table(rows: Sequence[Row]) -> str:
             _cell(s.mean["recall"], s.deviation["recall"], 3),
             _cell(s.mean["condition_accuracy"], s.deviation["condition_accuracy"], 3),
             _cell(s.mean["endpoint_mse_ratio"], s.deviation["endpoint_mse_ratio"], 3),
-            _cell(1000 * (s.mean["seconds_per_image"] or 0), None, 1),
             f"{s.n} x {s.seeds}",
         ]
         lines.append("| " + " | ".join(values) + " |")

@@ -171,10 +171,11 @@ def ship(run: Path, rows: Sequence[Row], base_name: str, kinds: Sequence[str], f
     for kind in kinds:
         adapters = AdapterSet.from_pretrained(run / "adapters" / f"{kind}-seed{SEEDS[0]}")
         mine = [row for row in rows if row.guidance != "agd" or row.adapter == kind]
+        seeds = sorted({row.seed for row in mine})
         card = (
             default_card(adapters.config)
-            + f"\n## Results\n\nMean ± standard deviation over {len(SEEDS)} seeds (of training and of noise; the shipped "
-            f"adapters are those of seed {SEEDS[0]}). FD is a Frechet distance in the features of the shapes extractor, "
+            + f"\n## Results\n\nMean ± standard deviation over {len(seeds)} seeds (of training and of noise; the shipped "
+            f"adapters are those of seed {seeds[0]}). FD is a Frechet distance in the features of the shapes extractor, "
             f"not an FID. Source: `{display_path(results)}`.\n\n{markdown_table(mine)}\n"
         )
         adapters.save_pretrained(folder / kind, card)
