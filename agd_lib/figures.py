@@ -46,7 +46,8 @@ def image_grid(
         cell: side of an image in inches.
     """
     rows = -(-len(images) // columns)
-    size = (cell * columns + 1.2, cell * rows + (0.9 if title else 0.5))
+    left = 0.2 + 0.07 * max((len(text) for text in row_titles), default=0)  # inches, for the longest label
+    size = (cell * columns + left, cell * rows + 0.15 + (0.25 if column_titles else 0) + (0.4 if title else 0))
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
     for axis in axes.flat:
         axis.set_xticks([])
@@ -519,7 +520,7 @@ def leaving_the_diffusion(
     colours = scale_colours(list(outside))
     panels = (
         (outside, 0.05, "share outside the 95 % region", "expected of true samples"),
-        (spread, 1.0, "area covered, against the class's own", "the class's own"),
+        (spread, 1.0, "area covered / the class's own", "the class's own"),
     )
     for axis, (curves, expected, label, note) in zip(axes, panels):
         axis.axhline(expected, color="black", linewidth=1, linestyle="--", label=note)
@@ -584,6 +585,7 @@ def accuracy_and_diversity(
         axis.set_xlabel("diversity within a class")
         axis.set_ylabel("class accuracy")
         axis.set_title("numbers at the points: w", fontsize=9)
+        axis.margins(0.1)
         axis.grid(alpha=0.3)
     return _finish(figure)
 

@@ -39,7 +39,7 @@ STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; color: var(--ink); background: var(--wash); font: 16px/1.6 system-ui, "Segoe UI", Helvetica, Arial,
   sans-serif; }
-main { max-width: 62rem; margin: 0 auto; padding: 2.5rem 3rem 4rem; background: var(--paper);
+main { max-width: 70rem; margin: 0 auto; padding: 2.5rem 3rem 4rem; background: var(--paper);
   border-left: 1px solid var(--line); border-right: 1px solid var(--line); min-height: 100vh; }
 h1 { font-size: 2rem; line-height: 1.2; margin: 0 0 .3rem; }
 h2 { font-size: 1.45rem; margin: 3rem 0 1rem; padding-top: 1rem; border-top: 2px solid var(--accent); }
@@ -50,9 +50,10 @@ nav { background: var(--wash); border: 1px solid var(--line); border-radius: .5r
   margin: 1.5rem 0; columns: 2; font-size: .95rem; }
 nav a { display: block; text-decoration: none; padding: .1rem 0; } nav a:hover { text-decoration: underline; }
 .scroll { overflow-x: auto; margin: 1rem 0; }
-table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; font-size: .84rem; font-variant-numeric: tabular-nums; }
 th { text-align: left; font-weight: 600; color: var(--quiet); border-bottom: 2px solid var(--line); }
-th, td { padding: .35rem .8rem .35rem 0; white-space: nowrap; vertical-align: top; }
+th, td { padding: .35rem .8rem .35rem 0; vertical-align: top; }
+.numbers th, .numbers td { white-space: nowrap; } .numbers td:first-child { padding-left: .4rem; }
 td { border-bottom: 1px solid var(--line); }
 tr.first td { border-top: 2px solid var(--line); } tr.best td { font-weight: 650; background: #eef4fb; }
 .dot { display: inline-block; width: .65rem; height: .65rem; border-radius: 50%; margin-right: .5rem; }
@@ -137,7 +138,7 @@ def results_section(rows: Sequence[Row]) -> str:
     row = rows[0]
     return (
         _headline(rows, summaries)
-        + "<div class='scroll'><table><thead><tr>"
+        + "<div class='scroll'><table class='numbers'><thead><tr>"
         + "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
         + f"</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
         + f"<p class='lead'>{row.steps} sampler steps. Mean ± standard deviation over seeds. Shaded: each method's lowest "
@@ -261,22 +262,25 @@ def _show(output: NotebookNode, heading: str) -> str:
         content = "".join(data["text/html"])
         return f"<div class='scroll'>{content}</div>" if "<table" in content and "<script" not in content else ""
     if output.output_type == "stream" and output.name == "stdout" and output.text.strip():
-        return f"<details><summary>printed</summary><pre>{html.escape(output.text.strip())}</pre></details>"
+        return f"<pre>{html.escape(output.text.strip())}</pre>"
     return ""
 
 
 def notebook_section(notebook: NotebookNode) -> str:
-    """A notebook's exhibits under their headings."""
-    parts, heading = [], ""
+    """A notebook's exhibits under their headings; what a section printed is folded away at its end."""
+    sections: dict[str, tuple[list[str], list[str]]] = {}
     for exhibit in exhibits(notebook):
-        if exhibit.heading != heading:
-            heading = exhibit.heading
-            parts.append(f"<h3>{html.escape(heading)}</h3>")
+        shown, printed = sections.setdefault(exhibit.heading, ([], []))
         if exhibit.content.startswith("<img"):
             caption = f"<figcaption>{_markdown(exhibit.caption)}</figcaption>" if exhibit.caption else ""
-            parts.append(f"<figure>{exhibit.content}{caption}</figure>")
+            shown.append(f"<figure>{exhibit.content}{caption}</figure>")
         else:
-            parts.append(exhibit.content)
+            (printed if exhibit.content.startswith("<pre") else shown).append(exhibit.content)
+    parts = []
+    for heading, (shown, printed) in sections.items():
+        parts += [f"<h3>{html.escape(heading)}</h3>", *shown]
+        if printed:
+            parts.append(f"<details><summary>printed output</summary>{''.join(printed)}</details>")
     return "\n".join(parts) or "<p class='lead'>This notebook shows no figures.</p>"
 
 
