@@ -662,9 +662,9 @@ def damage_bars(names: Sequence[str], measures: dict[str, Sequence[float]]) -> F
     for axis, (measure, values) in zip(np.atleast_1d(axes), measures.items()):
         axis.barh(range(len(names)), values, color="#1f4e8c")
         axis.set_yticks(range(len(names)), names)
-        axis.invert_yaxis()
         axis.set_title(measure, fontsize=10)
         axis.grid(alpha=0.3, axis="x")
+    np.atleast_1d(axes)[0].invert_yaxis()  # shared by all panels
     figure.tight_layout()
     plt.close(figure)
     return figure

@@ -278,9 +278,12 @@ def notebook_section(notebook: NotebookNode) -> str:
             (printed if exhibit.content.startswith("<pre") else shown).append(exhibit.content)
     parts = []
     for heading, (shown, printed) in sections.items():
-        parts += [f"<h3>{html.escape(heading)}</h3>", *shown]
+        if shown and heading:
+            parts.append(f"<h3>{html.escape(heading)}</h3>")
+        parts += shown
         if printed:
-            parts.append(f"<details><summary>printed output</summary>{''.join(printed)}</details>")
+            about = "printed output" if shown or not heading else f"{html.escape(heading)}: printed output"
+            parts.append(f"<details><summary>{about}</summary>{''.join(printed)}</details>")
     return "\n".join(parts) or "<p class='lead'>This notebook shows no figures.</p>"
 
 
