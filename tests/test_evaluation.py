@@ -428,6 +428,12 @@ def test_images_reach_inception_as_clean_fid_itself_gives_them(pooled: Inception
     np.testing.assert_allclose(features.numpy(), expected, rtol=1e-6)
 
 
+def test_images_are_rounded_to_whole_colours_as_a_png_would_round_them(pooled: InceptionFeatures) -> None:
+    images = torch.tensor([99.4, 99.6, 255.0]).view(3, 1, 1, 1).expand(3, 3, 8, 8) / 255
+    features, _ = pooled(images)
+    torch.testing.assert_close(features, torch.tensor([[99.0], [100.0], [255.0]]).expand(3, 12))
+
+
 def test_the_distance_between_two_folders_is_clean_fids(pooled: InceptionFeatures, tmp_path: Path) -> None:
     one, two = write_images(tmp_path / "one", 16, seed=1), write_images(tmp_path / "two", 18, seed=2)
     expected = cleanfid.fid.compute_fid(
