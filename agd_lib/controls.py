@@ -13,6 +13,7 @@ from typing import Any
 
 import ipywidgets as widgets
 import numpy as np
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
@@ -26,12 +27,15 @@ def figure_png(figure: Figure, dpi: int = 80) -> bytes:
 
 
 def images_png(images: Tensor, columns: int, side: int = 96, gap: int = 4) -> bytes:
-    """Images in rows as a PNG file, pixels enlarged without smoothing.
+    """Images in rows as a PNG file: small ones enlarged without smoothing, large ones averaged down.
 
     Args:
         images: (N, 3, H, W) in [0, 1]. columns: images per row.
         side: width of one image on the page, in pixels, rounded to a multiple of its own. gap: between them.
     """
+    if images.shape[-1] > side:
+        height = max(1, round(side * images.shape[-2] / images.shape[-1]))
+        images = F.interpolate(images.float(), size=(height, side), mode="area")
     factor = max(1, round(side / images.shape[-1]))
     pixels = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     pixels = pixels.repeat(factor, axis=1).repeat(factor, axis=2)

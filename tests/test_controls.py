@@ -81,6 +81,14 @@ def test_images_are_enlarged_without_smoothing():
     assert (page[36:, 72:] == 255).all()  # the empty place of the sixth image
 
 
+def test_large_images_are_averaged_down():
+    stripes = torch.zeros(2, 3, 64, 64)
+    stripes[..., ::2] = 1
+    page = np.asarray(Image.open(io.BytesIO(images_png(stripes, columns=2, side=16, gap=2))))
+    assert page.shape == (16, 2 * 16 + 2, 3)
+    assert np.abs(page[:, :16].astype(int) - 128).max() <= 1
+
+
 def test_figures_keep_their_size_from_picture_to_picture():
     sizes = set()
     for title in ("short", "a much longer title, which a tight bounding box would give more room"):
