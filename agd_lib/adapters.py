@@ -5,7 +5,7 @@ class or prompt) into whatever the layer needs; :meth:`forward` applies it to th
 as the identity: its last projection is zero, so an untrained adapter changes nothing, to the bit.
 
 :class:`OffsetAdapter` and :class:`CrossAttentionAdapter` are the paper's (section 4), tensor-compatible with the
-authors' code; :class:`LowRankAdapter` is an extension of ours.
+authors' code; :class:`ModulatedAdapter` is an extension of ours.
 """
 
 from __future__ import annotations
@@ -28,12 +28,14 @@ class AdapterInputs:
         timestep_embedding: (B, timestep_dim), the base model's own.
         class_embedding: (B, class_dim), the base model's own label embedding; None without classes.
         prompt_embeddings: (B, L, prompt_dim), the text encoder's tokens; None without prompts.
+        code: (B, d), the :class:`SharedCode` of the above; None for kinds that make their own.
     """
 
     guidance_scale: Tensor
     timestep_embedding: Tensor
     class_embedding: Tensor | None = None
     prompt_embeddings: Tensor | None = None
+    code: Tensor | None = None
 
     def to(self, dtype: torch.dtype) -> AdapterInputs:
         """With embeddings of another dtype; the guidance scale keeps its own (bfloat16 would round 4.01 to 4)."""
@@ -101,9 +103,16 @@ class Adapter(nn.Module):
     """Base class of the adapters.
 
     Args:
-        channels: C, the width of the attention layer that it is added to.
+        channels: C, the width of the attention layer (and of the block) that it is added to.
         sizes: see :class:`AdapterSizes`.
+
+    Attributes:
+        layer: which layer's output it is added to: ``"attention"`` (the paper) or ``"feed_forward"`` of the same block.
+        shares_code: whether the adapters of a set share one :class:`SharedCode`.
     """
+
+    layer = "attention"
+    shares_code = False
 
     def __init__(self, channels: int, sizes: AdapterSizes) -> None:
         super().__init__()
@@ -117,11 +126,11 @@ class Adapter(nn.Module):
     def forward(self, hidden_states: Tensor, condition: Any) -> Tensor:
         """
         Args:
-            hidden_states: (B, N, C), the attention layer's input tokens.
+            hidden_states: (B, N, C), the layer's input tokens.
             condition: what :meth:`condition` returned.
 
         Returns:
-            (B, N, C) or (B, 1, C), to be added to the attention layer's output.
+            (B, N, C) or (B, 1, C), to be added to the layer's output.
         """
         raise NotImplementedError
 
@@ -210,49 +219,91 @@ class CrossAttentionAdapter(Adapter):
         return self.out_proj(attended)
 
 
-class LowRankAdapter(Adapter):
-    """Extension (not the paper's): a low-rank, token-wise network, modulated by scale, timestep and class or prompt.
+class SharedCode(nn.Module):
+    """One code of (scale, timestep, class or prompt) for all adapters of a set: inputs -> (B, d).
 
-    ``up((gelu(down(h) * (1 + a) + b)) * (w - 1) * (1 + g))`` with (a, b, g) from a code of (w, t, c). Guidance adds
-    ``(w - 1) (cond - uncond)`` to the conditional prediction, so the factor w - 1 is built in: at scale 1 the adapter
-    is the identity whatever it has learned.
+    The paper's adapters each have a network of their own for this, a third of their parameters; the inputs are the same
+    everywhere, so an extension's adapters share one.
     """
 
-    def __init__(self, channels: int, sizes: AdapterSizes) -> None:
-        super().__init__(channels, sizes)
+    def __init__(self, sizes: AdapterSizes) -> None:
+        super().__init__()
         d = sizes.hidden_size
-        self.guidance_scale_encoding = nn.Linear(2, d)
+        self.guidance_scale_proj = nn.Linear(2, d)
         self.timestep_proj = nn.Linear(sizes.timestep_dim, d) if sizes.timestep_dim else None
         self.class_proj = nn.Linear(sizes.class_dim, d) if sizes.class_dim else None
         self.prompt_proj = nn.Linear(sizes.prompt_dim, d) if sizes.prompt_dim else None
-        self.modulation = nn.Linear(d, 3 * d)
-        self.down = nn.Linear(channels, d)
-        self.up = nn.Linear(d, channels, bias=False)
-        nn.init.zeros_(self.up.weight)
-        nn.init.zeros_(self.modulation.weight)
-        nn.init.zeros_(self.modulation.bias)
 
-    def condition(self, inputs: AdapterInputs) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, inputs: AdapterInputs) -> Tensor:
         w = inputs.guidance_scale
-        features = torch.stack([w / 4, torch.log1p(w)], dim=1)
-        code = self.guidance_scale_encoding(features.to(self.down.weight.dtype))  # (B, d)
+        features = torch.stack([w / 4, torch.log1p(w)], dim=1)  # (B, 2)
+        code = self.guidance_scale_proj(features.to(self.guidance_scale_proj.weight.dtype))
         if self.timestep_proj is not None:
             code = code + self.timestep_proj(inputs.timestep_embedding)
         if self.class_proj is not None and inputs.class_embedding is not None:
             code = code + self.class_proj(inputs.class_embedding)
         if self.prompt_proj is not None and inputs.prompt_embeddings is not None:
             code = code + self.prompt_proj(inputs.prompt_embeddings.mean(dim=1))
-        gain, shift, gate = self.modulation(F.silu(code))[:, None].chunk(3, dim=-1)  # each (B, 1, d)
-        return 1 + gain, shift, (w - 1)[:, None, None].to(gate.dtype) * (1 + gate)
+        return F.silu(code)
 
-    def forward(self, hidden_states: Tensor, condition: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        gain, shift, gate = condition
-        return self.up(F.gelu(self.down(hidden_states) * gain + shift) * gate)
+
+@dataclass(frozen=True)
+class Modulation:
+    """What a :class:`ModulatedAdapter` needs of a forward pass.
+
+    Attributes:
+        gain, shift: (B, 1, d), of the hidden features. strength: (B, 1, d), of the correction; zero at scale 1.
+        embedding_shift: (B, E), what is added to the block's own embedding; zero at scale 1.
+    """
+
+    gain: Tensor
+    shift: Tensor
+    strength: Tensor
+    embedding_shift: Tensor
+
+
+class ModulatedAdapter(Adapter):
+    """Extension (not the paper's): moves the embedding that modulates a block, and corrects the block's tokens.
+
+    1. A transformer block is told the timestep and the class by an embedding (adaLN). The unconditional pass of CFG
+       differs from the conditional one in this embedding alone, so the adapter shifts it, by (w - 1) S z.
+    2. A low-rank network on every token, beside the block's feed-forward layer: ``U (gelu(D h * (1 + a) + b) * (w - 1)
+       (1 + g))``.
+
+    z is the set's :class:`SharedCode` and (a, b, g) are linear in it. Guidance adds ``(w - 1) (cond - uncond)`` to the
+    conditional prediction, so the factor w - 1 is built in: at scale 1 the adapter is the identity whatever it has
+    learned.
+    """
+
+    layer = "feed_forward"
+    shares_code = True
+
+    def __init__(self, channels: int, sizes: AdapterSizes) -> None:
+        super().__init__(channels, sizes)
+        d = sizes.hidden_size
+        self.modulation = nn.Linear(d, 3 * d)
+        self.embedding_proj = nn.Linear(d, channels, bias=False)
+        self.down = nn.Linear(channels, d)
+        self.up = nn.Linear(d, channels, bias=False)
+        for last in (self.up, self.embedding_proj, self.modulation):
+            nn.init.zeros_(last.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def condition(self, inputs: AdapterInputs) -> Modulation:
+        assert inputs.code is not None
+        beyond_one = (inputs.guidance_scale - 1).to(inputs.code.dtype)[:, None]  # (B, 1)
+        gain, shift, gate = self.modulation(inputs.code)[:, None].chunk(3, dim=-1)
+        return Modulation(
+            1 + gain, shift, beyond_one[:, None] * (1 + gate), beyond_one * self.embedding_proj(inputs.code)
+        )
+
+    def forward(self, hidden_states: Tensor, condition: Modulation) -> Tensor:
+        return self.up(F.gelu(self.down(hidden_states) * condition.gain + condition.shift) * condition.strength)
 
 
 ADAPTERS: dict[str, type[Adapter]] = {
     "offset": OffsetAdapter,
     "cross-attention": CrossAttentionAdapter,
-    "low-rank": LowRankAdapter,
+    "modulated": ModulatedAdapter,
 }
-"""The adapter kinds by name. ``low-rank`` is an extension; the other two are the paper's."""
+"""The adapter kinds by name. ``modulated`` is an extension; the other two are the paper's."""

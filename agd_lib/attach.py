@@ -14,7 +14,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapters import ADAPTERS, Adapter, AdapterSizes
+from .adapters import ADAPTERS, Adapter, AdapterSizes, ModulatedAdapter, SharedCode
 from .base_models import BaseModel
 from .errors import AdapterError
 from .guidance import Scale, scale_at
@@ -80,6 +80,7 @@ class AdapterSet(nn.Module):
     Attributes:
         config: see :class:`AdapterConfig`.
         adapters: the adapters by site; dots in site names are written as slashes, as ``nn.ModuleDict`` asks.
+        shared: the code network that they share; None for kinds that do not.
         enabled: while False, the base model behaves as if nothing were attached.
     """
 
@@ -94,6 +95,7 @@ class AdapterSet(nn.Module):
         self.adapters = nn.ModuleDict(
             {site.replace(".", "/"): ADAPTERS[config.kind](channels, sizes) for site, channels in config.sites.items()}
         )
+        self.shared = SharedCode(sizes) if ADAPTERS[config.kind].shares_code else None
         self.enabled = True
         self._scale: Scale | None = None
         self._base: BaseModel | None = None
@@ -116,7 +118,7 @@ class AdapterSet(nn.Module):
         """New adapters for every attention site of a base model, untrained: they change nothing yet.
 
         Args:
-            kind: ``"offset"`` or ``"cross-attention"`` (the paper's), or ``"low-rank"`` (an extension).
+            kind: ``"offset"`` or ``"cross-attention"`` (the paper's), or ``"modulated"`` (an extension).
             hidden_size: d; the paper uses 256 for DiT-XL/2.
             guidance_range: (w_min, w_max) that they will be trained on.
             guided_channels: latent channels that the teacher guides; None: all.
@@ -133,7 +135,7 @@ class AdapterSet(nn.Module):
         config = AdapterConfig(
             kind=kind,
             hidden_size=hidden_size,
-            sites={site: channels for site, (_, channels) in base.attention_sites().items()},
+            sites={site: parts.channels for site, parts in base.attention_sites().items()},
             timestep_dim=dims["timestep_dim"] if use_timestep else None,
             class_dim=dims["class_dim"] if use_condition else None,
             prompt_dim=dims["prompt_dim"] if use_condition else None,
@@ -196,9 +198,13 @@ class AdapterSet(nn.Module):
         self.remove()
         self._base = base
         self._handles = [base.denoiser.register_forward_pre_hook(self._before_forward, with_kwargs=True)]
-        for site, (module, _) in base.attention_sites().items():
+        for site, parts in base.attention_sites().items():
             if site in self.config.sites:
-                self._handles.append(module.register_forward_hook(self._site_hook(site), with_kwargs=True))
+                adapter = self._at(site)
+                layer = parts.attention if adapter.layer == "attention" else parts.feed_forward
+                self._handles.append(layer.register_forward_hook(self._layer_hook(site), with_kwargs=True))
+                if isinstance(adapter, ModulatedAdapter):
+                    self._handles.append(parts.embedding.register_forward_hook(self._embedding_hook(site)))
         _attached[base.denoiser] = self
         return self
 
@@ -241,9 +247,19 @@ class AdapterSet(nn.Module):
         like = torch.empty(0, device=weight.device)
         scale = scale_at(self._scale, int(timestep.flatten()[0]) if callable(self._scale) else 0, batch_size, like)
         inputs = self._base.adapter_inputs(timestep, condition, scale).to(weight.dtype)
+        if self.shared is not None:
+            inputs = replace(inputs, code=self.shared(inputs))
         self._conditions = {site: self._at(site).condition(inputs) for site in self.config.sites}
 
-    def _site_hook(self, site: str) -> Any:
+    def _embedding_hook(self, site: str) -> Any:
+        def shift(module: nn.Module, args: tuple[Any, ...], embedding: Tensor) -> Tensor | None:
+            if self._conditions is None:
+                return None
+            return embedding + self._conditions[site].embedding_shift.to(embedding.dtype)
+
+        return shift
+
+    def _layer_hook(self, site: str) -> Any:
         adapter = self._at(site)
 
         def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
@@ -262,7 +278,7 @@ class AdapterSet(nn.Module):
 
     def check_fit(self, base: BaseModel) -> None:
         """Raises :class:`AdapterError` if these adapters cannot go on ``base``; the message says what differs."""
-        sites = {site: channels for site, (_, channels) in base.attention_sites().items()}
+        sites = {site: parts.channels for site, parts in base.attention_sites().items()}
         dims = base.adapter_input_dims()
         wrong = [f"attention layer {site} is missing" for site in self.config.sites if site not in sites]
         wrong += [

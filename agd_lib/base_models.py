@@ -46,6 +46,23 @@ KNOWN_BASES: dict[str, KnownBase] = {
 }
 
 
+@dataclass(frozen=True)
+class Site:
+    """A place for an adapter: an attention layer and its surroundings.
+
+    Attributes:
+        attention: the attention layer. feed_forward: the feed-forward layer of the same block.
+        embedding: the module whose output (B, channels) tells the block the timestep and the class. (diffusers' DiT
+            asks the first block's once more for its last layer norm.)
+        channels: C, the width of all three.
+    """
+
+    attention: nn.Module
+    feed_forward: nn.Module
+    embedding: nn.Module
+    channels: int
+
+
 class BaseModel(ABC):
     """A frozen diffusion model: a diffusers pipeline with the names that this library uses for its parts.
 
@@ -97,8 +114,8 @@ class BaseModel(ABC):
         """Widths of those inputs: ``timestep_dim``, ``class_dim``, ``prompt_dim`` (None: the model has no such input)."""
 
     @abstractmethod
-    def attention_sites(self) -> dict[str, tuple[nn.Module, int]]:
-        """The attention layers that the paper adapts: name -> (module, its width C)."""
+    def attention_sites(self) -> dict[str, Site]:
+        """The attention layers that the paper adapts, by name, with what surrounds them."""
 
     @abstractmethod
     def num_parameters(self) -> int:
@@ -263,10 +280,12 @@ class DiTBase(BaseModel):
         width = int(self.pipeline.transformer.inner_dim)
         return {"timestep_dim": width, "class_dim": width, "prompt_dim": None}
 
-    def attention_sites(self) -> dict[str, tuple[nn.Module, int]]:
+    def attention_sites(self) -> dict[str, Site]:
         width = int(self.pipeline.transformer.inner_dim)
-        blocks = self.pipeline.transformer.transformer_blocks
-        return {f"transformer_blocks.{i}.attn1": (block.attn1, width) for i, block in enumerate(blocks)}
+        return {
+            f"transformer_blocks.{i}.attn1": Site(block.attn1, block.ff, block.norm1.emb, width)
+            for i, block in enumerate(self.pipeline.transformer.transformer_blocks)
+        }
 
     def num_parameters(self) -> int:
         total = sum(p.numel() for p in self.denoiser.parameters())

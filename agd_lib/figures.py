@@ -22,7 +22,7 @@ COLOURS = {
     "cfg": "#1f4e8c",
     "agd offset": "#e08214",
     "agd cross-attention": "#4d9221",
-    "agd low-rank": "#b2182b",
+    "agd modulated": "#b2182b",
 }
 """One colour per method, the same in every figure."""
 
@@ -128,7 +128,7 @@ def recorded_states(
     left.set_ylabel("trajectories")
     left.set_title("one scale for each trajectory", fontsize=10)
     left.legend(fontsize=8)
-    right.scatter(np.asarray(batch_timesteps), np.asarray(batch_scales), s=14, color=COLOURS["agd low-rank"])
+    right.scatter(np.asarray(batch_timesteps), np.asarray(batch_scales), s=14, color=COLOURS["agd modulated"])
     right.invert_xaxis()
     right.set_xlabel("timestep t (left: noise, right: image)")
     right.set_ylabel("guidance scale w")
@@ -198,7 +198,7 @@ def adapter_sites(blocks: int, width: int, hidden_size: int) -> Figure:
     axis.text(1.5, 6.85, f"one of {blocks} DiT blocks (frozen)", fontsize=9, color="#555555")
     box(2.9, y, "adaLN\n(t, c)", frozen, 1.7)
     box(5.9, y, "self-attention", frozen)
-    plus(8.1, y, COLOURS["agd low-rank"])
+    plus(8.1, y, COLOURS["agd modulated"])
     box(9.6, y, "gate (t, c)", frozen, 1.6)
     plus(11.3, y)
     box(13.6, y, "adaLN, MLP, gate\n(t, c)", frozen, 2.7)
@@ -218,7 +218,7 @@ def adapter_sites(blocks: int, width: int, hidden_size: int) -> Figure:
     for left, right, top in ((1.65, 11.3, 6.2), (11.75, 16.2, 6.2)):  # the residual paths
         axis.plot([left, left, right], [y, top, top], color="#444444", linewidth=1.2)
         arrow((right, top), (right, y + 0.28))
-    red = COLOURS["agd low-rank"]
+    red = COLOURS["agd modulated"]
     axis.plot([4.25, 4.25], [y, 2.2], color=red, linewidth=1.2)
     arrow((4.25, 2.2), (4.7, 2.2), red)
     axis.plot([7.1, 8.1], [2.2, 2.2], color=red, linewidth=1.2)
@@ -290,7 +290,7 @@ def guidance_diagram() -> Figure:
     arrow((16.0, 5.35), (17.2, 5.35))
     axis.text(17.35, 5.35, r"$\hat\epsilon$", fontsize=15, va="center")
 
-    colour = COLOURS["agd low-rank"]
+    colour = COLOURS["agd modulated"]
     axis.text(0.1, 3.1, "Adapter guidance distillation: one pass a step", fontsize=11, color=colour, weight="bold")
     axis.text(0.2, 1.75, r"$x_t$", fontsize=14, va="center")
     arrow((0.95, 1.75), (2.9, 1.75))
@@ -421,7 +421,7 @@ def guidance_field(mixture: GaussianMixture, label: int, time: float, scale: flo
         "what the class adds\n" + r"$s_c - s_\varnothing$": (given - without, "#bf5b0b"),
         f"guided, $w = {scale:g}$\n" + r"$s_\varnothing + w\,(s_c - s_\varnothing)$": (
             guided_score(conditional, unconditional, grid, scale),
-            COLOURS["agd low-rank"],
+            COLOURS["agd modulated"],
         ),
     }
     figure, axes = _panels(1, len(fields), headroom=0.6)

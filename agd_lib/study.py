@@ -49,7 +49,7 @@ class Recipe:
 RECIPES: dict[str, Recipe] = {
     "offset": Recipe(24, TrainingSettings(1_200, 64, 3e-3, weighting="timestep")),
     "cross-attention": Recipe(20, TrainingSettings(1_200, 64, 3e-3, weighting="timestep")),
-    "low-rank": Recipe(26, TrainingSettings(1_200, 64, 3e-3, weighting="timestep")),
+    "modulated": Recipe(26, TrainingSettings(1_200, 64, 3e-3, weighting="timestep")),
 }
 """Sizes of at most 5 % of tiny-dit's parameters. The paper's learning rate is 1e-4: small models bear a higher one."""
 

@@ -32,7 +32,7 @@ TRAIN_SEED, HELD_OUT_SEED, REFERENCE_SEED = 1, 2, 3
 NUM_REFERENCE = 5_000
 """Images of the reference."""
 
-DIT_CYCLES: tuple[tuple[int, float], ...] = ((6_000, 2e-3), (4_000, 1.5e-3))
+DIT_CYCLES: tuple[tuple[int, float], ...] = ((6_000, 2e-3), (4_000, 1.5e-3), (8_000, 1.2e-3))
 """(steps, peak learning rate) of the denoiser's one-cycle schedules, one after another."""
 
 

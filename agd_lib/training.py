@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from .attach import AdapterSet
 from .base_models import BaseModel, Condition
 from .errors import CheckpointError, StoreError
+from .influence import influence_of
 from .storage import read_json, read_tensors, sha256, write_json, write_tensors, writing
 from .trajectories import TrajectoryStore
 
@@ -38,8 +39,8 @@ class TrainingSettings:
         num_steps: gradient steps.
         batch_size: recorded states per step, over all processes.
         learning_rate: peak, reached after ``warmup`` (a share of the steps) linearly, then cosine annealing to zero.
-        weighting: ``"none"`` is the paper's plain squared error; ``"timestep"`` divides each state's error by the mean
-            square of what guidance adds at its noise level (see :func:`timestep_weights`).
+        weighting: ``"none"`` is the paper's plain squared error; ``"timestep"`` and ``"endpoint"`` weight each state's
+            error by its noise level (see :func:`state_weights`).
         seed: of the order in which states are drawn.
     """
 
@@ -58,8 +59,8 @@ class TrainingSettings:
                 f"got learning rate {self.learning_rate} and warm-up {self.warmup}, expected a positive rate and a "
                 "share of the steps from 0 to 1"
             )
-        if self.weighting not in ("none", "timestep"):
-            raise ValueError(f"got weighting {self.weighting!r}, expected 'none' (the paper) or 'timestep'")
+        if self.weighting not in ("none", "timestep", "endpoint"):
+            raise ValueError(f"got weighting {self.weighting!r}, expected 'none' (the paper), 'timestep' or 'endpoint'")
 
     def learning_rate_at(self, step: int) -> float:
         """Learning rate of step ``step`` (the first is 0)."""
@@ -103,14 +104,24 @@ class Student(nn.Module):
             return self.base.denoise(latents.to(self.base.dtype), timestep, condition).float()
 
 
-def timestep_weights(store: TrajectoryStore, num_bins: int = 20) -> Tensor:
-    """Weights that make every noise level count alike: 1 / E[signal | t], with mean 1 over the store.
+def state_weights(store: TrajectoryStore, influence: Tensor | None = None, num_bins: int = 20) -> Tensor:
+    """Weights over timesteps: influence(t) / E[signal | t], with mean 1 over the store.
 
     The plain squared error is dominated by low noise, where guidance changes the prediction most in absolute terms,
-    while the composition is decided at high noise.
+    while the composition is decided at high noise. Divided by the signal (the mean square of what guidance adds), every
+    noise level counts alike (weighting ``"timestep"``). Times its influence on the endpoint
+    (:func:`agd_lib.influence.endpoint_influence`), every noise level counts for as much as it moves the final image
+    (weighting ``"endpoint"``).
+
+    Args:
+        influence: (number of ranges,), not negative, from the cleanest equal range of timesteps to the noisiest; None:
+            the same everywhere.
 
     Returns:
-        (num_train_timesteps,) float32, constant over ``num_bins`` equal ranges of timesteps.
+        (num_train_timesteps,) float32.
+
+    Raises:
+        ValueError: if the influence is zero wherever the store has states.
     """
     total = int(store.manifest["num_train_timesteps"])
     timesteps, signal = store.column("timestep"), store.column("signal").double()
@@ -118,9 +129,17 @@ def timestep_weights(store: TrajectoryStore, num_bins: int = 20) -> Tensor:
     sums = torch.zeros(num_bins, dtype=torch.float64).index_add(0, bins, signal)
     counts = torch.zeros(num_bins, dtype=torch.float64).index_add(0, bins, torch.ones_like(signal))
     mean = torch.where(counts > 0, sums / counts.clamp(min=1), signal.mean())
-    weights = 1 / mean.clamp(min=max(1e-3 * float(signal.mean()), 1e-12))
-    weights = weights / weights[bins].mean()
-    return weights[torch.arange(total) * num_bins // total].float()
+    every = torch.arange(total)
+    weights = (1 / mean.clamp(min=max(1e-3 * float(signal.mean()), 1e-12)))[every * num_bins // total]
+    if influence is not None:
+        weights = weights * influence.double()[every * len(influence) // total]
+    mean_weight = weights[timesteps].mean()
+    if not mean_weight > 0:
+        raise ValueError(
+            "guidance moves the endpoint nowhere along the store's trajectories (is its guidance range [1, 1]?): there is "
+            "nothing to weight by; use weighting 'timestep' or 'none'"
+        )
+    return (weights / mean_weight).float()
 
 
 def batch_indices(num_states: int, batch_size: int, step: int, seed: int) -> Tensor:
@@ -189,7 +208,11 @@ def train(
             f"{checkpoint_every} steps, expected a multiple of the number of processes, and at least 1"
         )
     optimizer = torch.optim.Adam(adapters.parameters(), lr=settings.learning_rate)
-    weights = timestep_weights(store) if settings.weighting == "timestep" else None
+    weights = None
+    if settings.weighting != "none":
+        with accelerator.main_process_first():
+            influence = influence_of(base, store) if settings.weighting == "endpoint" else None
+        weights = state_weights(store, influence).to(base.device)
     identity = _identity(settings, store, adapters)
     folder = Path(checkpoints) if checkpoints else None
     student, optimizer = accelerator.prepare(Student(base, adapters), optimizer)
@@ -201,7 +224,7 @@ def train(
         batch = store.batch(share).to(base.device)
         prediction = student(batch.latents, batch.timestep, batch.condition, batch.guidance_scale)
         squared_error = (prediction - batch.target).square().flatten(1).mean(dim=1)  # (B,)
-        weight = 1.0 if weights is None else weights.to(base.device)[batch.timestep]
+        weight = 1.0 if weights is None else weights[batch.timestep]
         loss = (weight * squared_error).mean()
         if not bool(torch.isfinite(loss)):
             raise CheckpointError(

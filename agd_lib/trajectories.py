@@ -370,6 +370,9 @@ class TrajectoryStore:
         folder: what :func:`collect` wrote.
         check: verify every file's checksum first (reads the whole store once).
 
+    Attributes:
+        conditions: every distinct condition once, (number of conditions, ...) by name.
+
     Raises:
         StoreError: if a file is missing, truncated, edited, or of the wrong shape; the message names it.
     """
@@ -379,7 +382,7 @@ class TrajectoryStore:
         self.manifest = read_manifest(self.folder)
         if check:
             self._verify()
-        self._conditions = read_tensors(self.folder / CONDITIONS, StoreError, "store's conditions")
+        self.conditions: Condition = read_tensors(self.folder / CONDITIONS, StoreError, "store's conditions")
         self._shards = [self._open(shard) for shard in self.manifest["shards"]]
         self._starts = torch.tensor([0, *(len(shard["timestep"]) for shard in self._shards)]).cumsum(0)
 
@@ -432,7 +435,7 @@ class TrajectoryStore:
         for name in ("latents", "target"):
             stacked[name] = stacked[name].float()
         return TrajectoryBatch(
-            **stacked, condition={name: value[condition_index] for name, value in self._conditions.items()}
+            **stacked, condition={name: value[condition_index] for name, value in self.conditions.items()}
         )
 
     def check_base(self, base: BaseModel) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from small_models import randomise
 from torch import Tensor
 
-from agd_lib.adapters import ADAPTERS, Adapter, AdapterInputs, AdapterSizes
+from agd_lib.adapters import ADAPTERS, Adapter, AdapterInputs, AdapterSizes, SharedCode
 
 B, N, C, D, T, K, P, L = (
     3,
@@ -49,13 +51,19 @@ def make_adapter(kind: str, seen: tuple[str, ...], scale_multiplier: float = 1.0
         scale_multiplier=scale_multiplier,
     )
     adapter = ADAPTERS[kind](C, sizes)
+    if adapter.shares_code:
+        adapter.shared = SharedCode(sizes)  # as a set of one adapter has it
     randomise(adapter, 3)
     return adapter
 
 
+def condition_of(adapter: Adapter, inputs: AdapterInputs) -> Any:
+    return adapter.condition(replace(inputs, code=adapter.shared(inputs)) if adapter.shares_code else inputs)
+
+
 def run(adapter: Adapter, hidden_states: Tensor, inputs: AdapterInputs) -> Tensor:
     with torch.no_grad():
-        return hidden_states * 0 + adapter(hidden_states, adapter.condition(inputs))
+        return hidden_states * 0 + adapter(hidden_states, condition_of(adapter, inputs))
 
 
 def tokens(seed: int = 1) -> Tensor:
@@ -156,6 +164,33 @@ def test_cross_attention_adapter_by_hand(seen: tuple[str, ...]) -> None:
     assert expected.std() > 0.1
 
 
+@pytest.mark.parametrize("seen", INPUT_SETS)
+def test_modulated_adapter_by_hand(seen: tuple[str, ...]) -> None:
+    adapter, inputs, hidden_states = make_adapter("modulated", seen), make_inputs(), tokens()
+    w = double(adapter)
+    output, shifted = run(adapter, hidden_states, inputs), condition_of(adapter, inputs).embedding_shift
+    for i in range(B):
+        scale = inputs.guidance_scale[i].double()
+        code = affine(w, "shared.guidance_scale_proj", torch.stack([scale / 4, (1 + scale).log()]))
+        if "timestep" in seen:
+            code = code + affine(w, "shared.timestep_proj", inputs.timestep_embedding[i].double())
+        if "class" in seen:
+            code = code + affine(w, "shared.class_proj", inputs.class_embedding[i].double())  # type: ignore[index]
+        if "prompt" in seen:
+            mean = sum(inputs.prompt_embeddings[i, j].double() for j in range(L)) / L  # type: ignore[index]
+            code = code + affine(w, "shared.prompt_proj", mean)
+        code = code / (1 + torch.exp(-code))
+        a, b, g = affine(w, "modulation", code).split(D)
+        torch.testing.assert_close(
+            shifted[i].double(), (scale - 1) * affine(w, "embedding_proj", code), rtol=1e-4, atol=1e-4
+        )
+        for n in range(N):
+            x = affine(w, "down", hidden_states[i, n].double()) * (1 + a) + b
+            gelu = x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+            expected = affine(w, "up", gelu * (scale - 1) * (1 + g))
+            torch.testing.assert_close(output[i, n].double(), expected, rtol=1e-4, atol=1e-4)
+
+
 # What the adapters look at ----------------------------------------------------------------------------------------------
 
 
@@ -177,7 +212,7 @@ def test_inputs_that_an_adapter_does_not_see_do_not_matter(kind: str) -> None:
     adapter, hidden_states = make_adapter(kind, ()), tokens()
     only_the_scale = AdapterInputs(make_inputs().guidance_scale, torch.zeros(B, T))
     assert torch.equal(run(adapter, hidden_states, make_inputs()), run(adapter, hidden_states, only_the_scale))
-    assert not any(name.startswith(("timestep", "class", "prompt")) for name in adapter.state_dict())
+    assert not any(part in name for name in adapter.state_dict() for part in ("timestep", "class", "prompt"))
 
 
 def test_offset_is_one_vector_for_all_tokens_and_the_others_differ_by_token() -> None:
@@ -186,13 +221,15 @@ def test_offset_is_one_vector_for_all_tokens_and_the_others_differ_by_token() ->
         assert torch.equal(output, output[:, :1].expand_as(output)) == (kind == "offset")
 
 
-def test_low_rank_adapter_is_the_identity_at_scale_one() -> None:
+def test_modulated_adapter_is_the_identity_at_scale_one() -> None:
     """Guidance adds (w - 1) times something: at w = 1 nothing, whatever the adapter has learned."""
-    adapter = make_adapter("low-rank", ("timestep", "class"))
+    adapter = make_adapter("modulated", ("timestep", "class"))
     inputs = make_inputs()
     at_one = AdapterInputs(torch.ones(B), inputs.timestep_embedding, inputs.class_embedding)
     assert run(adapter, tokens(), at_one).abs().max() == 0
+    assert condition_of(adapter, at_one).embedding_shift.abs().max() == 0
     assert run(adapter, tokens(), inputs).abs().max() > 0.1
+    assert condition_of(adapter, inputs).embedding_shift.abs().max() > 0.1
 
 
 # The start --------------------------------------------------------------------------------------------------------------
@@ -201,10 +238,14 @@ def test_low_rank_adapter_is_the_identity_at_scale_one() -> None:
 @pytest.mark.parametrize("seen", INPUT_SETS)
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_a_new_adapter_adds_exactly_nothing_but_can_learn(kind: str, seen: tuple[str, ...]) -> None:
-    sizes = make_adapter(kind, seen).sizes
-    adapter = ADAPTERS[kind](C, sizes)
-    output = adapter(tokens(), adapter.condition(make_inputs()))
+    adapter = ADAPTERS[kind](C, make_adapter(kind, seen).sizes)
+    if adapter.shares_code:
+        adapter.shared = SharedCode(adapter.sizes)
+    condition = condition_of(adapter, make_inputs())
+    output = adapter(tokens(), condition)
     assert output.abs().max() == 0
+    if kind == "modulated":
+        assert condition.embedding_shift.abs().max() == 0
     (output.sum() - output[0, 0, 0]).backward()
     moving = [name for name, p in adapter.named_parameters() if p.grad is not None and p.grad.abs().max() > 0]
     assert moving  # the zero layer itself gets a gradient

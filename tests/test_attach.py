@@ -70,7 +70,8 @@ def test_active_adapters_guide_and_come_off_without_a_trace(dit_base: DiTBase, c
     adapters = new(dit_base, kind)
     assert hooks(dit_base) == count
     adapters.attach(dit_base)
-    assert hooks(dit_base) == count + 1 + 3  # one for the denoiser, one for each block
+    per_block = 2 if kind == "modulated" else 1  # a layer; and the embedding
+    assert hooks(dit_base) == count + 1 + 3 * per_block  # one for the denoiser
     assert torch.equal(dit_base.denoise(*call), plain)  # attached, but no guidance asked for
     with adapters.guided_by(4.0):
         guided = dit_base.denoise(*call)
@@ -147,11 +148,11 @@ def test_each_sample_is_guided_by_its_own_scale(dit_base: DiTBase, call: tuple) 
 
 def test_a_second_set_replaces_the_first_with_a_warning(dit_base: DiTBase, call: tuple) -> None:
     count = hooks(dit_base)
-    first, second = new(dit_base), new(dit_base, "low-rank")
+    first, second = new(dit_base), new(dit_base, "modulated")
     first.attach(dit_base)
     with pytest.warns(UserWarning, match="carried adapters already; they were removed"):
         second.attach(dit_base)
-    assert hooks(dit_base) == count + 4
+    assert hooks(dit_base) == count + 1 + 3 * 2
     with pytest.raises(AdapterError, match="on no base model"), first.guided_by(4.0):
         pass
     with second.guided_by(4.0):
@@ -187,7 +188,7 @@ def test_adapters_of_one_base_do_not_touch_another(dit_base: DiTBase, dit_folder
 def test_any_caller_is_guided_with_named_or_positional_arguments(dit_base: DiTBase, call: tuple) -> None:
     latents, timestep, condition = call
     labels = condition["class_labels"]
-    with new(dit_base, "low-rank").attach(dit_base).guided_by(4.0):
+    with new(dit_base, "modulated").attach(dit_base).guided_by(4.0):
         expected = dit_base.denoise(latents, timestep, condition)
         positional = dit_base.denoiser(latents, timestep, labels).sample
         named = dit_base.denoiser(hidden_states=latents, timestep=timestep, class_labels=labels).sample
@@ -267,7 +268,7 @@ def test_summary_counts_by_hand(dit_base: DiTBase) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kind": "lora"}, "got adapter kind 'lora', expected one of: offset, cross-attention, low-rank"),
+        ({"kind": "lora"}, "got adapter kind 'lora', expected one of: offset, cross-attention, modulated"),
         ({"hidden_size": 0}, "got hidden_size 0"),
         ({"hidden_size": 8.0}, "got hidden_size 8.0"),
         ({"kind": "cross-attention", "hidden_size": 7}, "expected an even number"),
@@ -583,7 +584,7 @@ def test_a_full_disk_leaves_nothing_half_written(
     folder.parent.mkdir()
     if occupied:
         new(dit_base, "offset").save_pretrained(folder)
-    before, adapters = listing(folder.parent), new(dit_base, "low-rank")
+    before, adapters = listing(folder.parent), new(dit_base, "modulated")
     with monkeypatch.context() as patch:
         if fails == "save_file":
             patch.setattr(storage, "save_file", full)
@@ -599,7 +600,7 @@ def test_a_full_disk_leaves_nothing_half_written(
     assert listing(folder.parent) == before
     assert list(folder.parent.iterdir()) == ([folder] if occupied else [])
     adapters.save_pretrained(folder)  # and once there is room, it works
-    assert AdapterSet.from_pretrained(folder).config.kind == "low-rank"
+    assert AdapterSet.from_pretrained(folder).config.kind == "modulated"
 
 
 def test_a_place_that_cannot_hold_a_folder_is_named(dit_base: DiTBase, tmp_path: Path) -> None:

@@ -87,8 +87,8 @@ def their_adapters(
 ) -> nn.ModuleList:
     torch.manual_seed(0)
     adapters = nn.ModuleList(
-        TheirAdapter(width, use_timestep, use_class_label, kind, cfg_mult)
-        for _, width in base.attention_sites().values()
+        TheirAdapter(site.channels, use_timestep, use_class_label, kind, cfg_mult)
+        for site in base.attention_sites().values()
     )
     randomise(adapters, 5)
     return adapters.eval()

@@ -58,9 +58,11 @@ def test_operations_of_one_forward_pass(xl: DiTBase) -> None:
 def test_one_site_in_every_block(xl: DiTBase) -> None:
     sites = xl.attention_sites()
     assert list(sites) == [f"transformer_blocks.{i}.attn1" for i in range(BLOCKS)]
-    for name, (module, width) in sites.items():
-        assert xl.denoiser.get_submodule(name) is module
-        assert width == WIDTH == module.to_q.in_features == module.to_out[0].out_features
+    for name, site in sites.items():
+        assert xl.denoiser.get_submodule(name) is site.attention
+        assert site.channels == WIDTH == site.attention.to_q.in_features == site.attention.to_out[0].out_features
+        block = xl.denoiser.get_submodule(name.removesuffix(".attn1"))
+        assert site.feed_forward is block.ff and site.embedding is block.norm1.emb
 
 
 @pytest.mark.parametrize(
@@ -83,7 +85,7 @@ def test_the_papers_adapters(xl: DiTBase, kind: str, inputs: bool, parameters: i
 
 def test_every_kind_stays_within_the_papers_share(xl: DiTBase) -> None:
     """1 to 5 % of the base model, at a width that each kind would be given."""
-    for kind, hidden_size in (("offset", 192), ("cross-attention", 160), ("low-rank", 192)):
+    for kind, hidden_size in (("offset", 192), ("cross-attention", 160), ("modulated", 192)):
         with torch.device("meta"):
             adapters = AdapterSet.create(xl, kind, hidden_size=hidden_size)
         assert 0.01 < adapters.num_parameters() / xl.num_parameters() < 0.05, kind

@@ -194,7 +194,7 @@ def test_one_seed_has_no_deviation_and_missing_values_are_left_out() -> None:
 def test_methods_scales_bases_steps_and_sample_counts_are_not_mixed() -> None:
     others = [
         AGD_ROW,
-        replace(AGD_ROW, adapter="low-rank"),
+        replace(AGD_ROW, adapter="modulated"),
         replace(CFG_ROW, scale=3.0),
         replace(CFG_ROW, base="dit-xl-2-256"),
         replace(CFG_ROW, steps=50),
@@ -204,7 +204,7 @@ def test_methods_scales_bases_steps_and_sample_counts_are_not_mixed() -> None:
     rows = [CFG_ROW, *others, replace(CFG_ROW, seed=1, fd=2.5)]
     summaries = summarise(rows)
     assert [summary.seeds for summary in summaries] == [2] + [1] * 7
-    assert [summary.method for summary in summaries[:3]] == ["cfg", "agd offset", "agd low-rank"]
+    assert [summary.method for summary in summaries[:3]] == ["cfg", "agd offset", "agd modulated"]
     assert summaries[0].mean["fd"] == 2.0
 
 

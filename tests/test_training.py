@@ -19,8 +19,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from agd_lib.attach import AdapterSet
-from agd_lib.base_models import DiTBase, load_base
+from agd_lib.base_models import DiTBase, count_forwards, load_base
 from agd_lib.errors import CheckpointError, StoreError
+from agd_lib.influence import influence_of
 from agd_lib.training import (
     Student,
     TrainingLog,
@@ -28,7 +29,7 @@ from agd_lib.training import (
     TrainingState,
     batch_indices,
     state_errors,
-    timestep_weights,
+    state_weights,
     train,
 )
 from agd_lib.trajectories import CollectionPlan, TrajectoryStore, collect, collect_batch
@@ -81,7 +82,7 @@ def run(
 # What is trained ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["offset", "cross-attention", "low-rank"])
+@pytest.mark.parametrize("kind", ["offset", "cross-attention", "modulated"])
 def test_only_the_adapters_are_trained(dit_base: DiTBase, store: TrajectoryStore, kind: str) -> None:
     adapters = some_adapters(dit_base, kind=kind)
     base_before = {name: value.clone() for name, value in dit_base.denoiser.state_dict().items()}
@@ -107,7 +108,7 @@ def whole_error(base: DiTBase, adapters: AdapterSet, store: TrajectoryStore) -> 
 
 def test_the_error_of_a_few_states_falls_to_less_than_a_tenth(dit_base: DiTBase, tmp_path: Path) -> None:
     store = collect(dit_base, a_plan(num_trajectories=2, steps_per_trajectory=2), tmp_path, progress=False)
-    adapters = some_adapters(dit_base, kind="low-rank", hidden_size=32)
+    adapters = some_adapters(dit_base, kind="modulated", hidden_size=32)
     before = whole_error(dit_base, adapters, store)
     assert math.isclose(before, float(store.column("signal").mean()), rel_tol=1e-2)  # untrained: the conditional model
     states = list(train(dit_base, adapters, store, TrainingSettings(num_steps=100, batch_size=4, learning_rate=1e-2)))
@@ -141,7 +142,7 @@ def test_the_first_loss_is_that_of_a_hand_computation(dit_base: DiTBase, store: 
 
 def test_the_weighted_loss_is_the_weighted_mean(dit_base: DiTBase, store: TrajectoryStore) -> None:
     settings = TrainingSettings(num_steps=3, batch_size=16, weighting="timestep")
-    weights = timestep_weights(store)
+    weights = state_weights(store)
     for state in train(dit_base, some_adapters(dit_base), store, settings):
         assert math.isclose(state.loss, float((weights[state.timestep] * state.squared_error).mean()), rel_tol=1e-5)
         assert not math.isclose(state.loss, float(state.squared_error.mean()), rel_tol=1e-2)
@@ -256,7 +257,7 @@ class FakeStore:
 
 
 def weights_of(timestep: torch.Tensor, signal: torch.Tensor, num_bins: int = 20, total: int = 1000) -> torch.Tensor:
-    return timestep_weights(FakeStore(timestep, signal, total), num_bins)  # type: ignore[arg-type]
+    return state_weights(FakeStore(timestep, signal, total), num_bins=num_bins)  # type: ignore[arg-type]
 
 
 def test_equal_signals_have_weight_one() -> None:
@@ -280,12 +281,40 @@ def test_weights_are_inverse_to_the_mean_signal_of_their_bin() -> None:
 
 
 def test_weights_have_mean_one_over_the_store_and_make_noise_levels_count_alike(store: TrajectoryStore) -> None:
-    weights, timestep, signal = timestep_weights(store), store.column("timestep"), store.column("signal")
+    weights, timestep, signal = state_weights(store), store.column("timestep"), store.column("signal")
     assert float(weights[timestep].double().mean()) == pytest.approx(1, rel=1e-5)
     sums = {t: float((weights[t] * signal[timestep == t]).mean()) for t in timestep.unique().tolist()}
     assert max(sums.values()) == pytest.approx(min(sums.values()), rel=1e-3)
     plain = [float(signal[timestep == t].mean()) for t in sums]
     assert max(plain) > 1.5 * min(plain)
+
+
+def test_influence_multiplies_the_weights_of_its_range() -> None:
+    timestep = torch.arange(1000)
+    signal = 1 + timestep / 1000
+    plain = state_weights(FakeStore(timestep, signal))  # type: ignore[arg-type]
+    influence = torch.tensor([0.0, 1.0, 3.0, 0.5])
+    weights = state_weights(FakeStore(timestep, signal), influence)  # type: ignore[arg-type]
+    product = plain * influence.repeat_interleave(250)
+    torch.testing.assert_close(weights, product / product.mean())
+    with pytest.raises(ValueError, match="moves the endpoint nowhere"):
+        state_weights(FakeStore(timestep, signal), torch.zeros(4))  # type: ignore[arg-type]
+
+
+def test_endpoint_weighting_measures_the_influence_once_and_keeps_it(dit_base: DiTBase, tmp_path: Path) -> None:
+    store = collect(dit_base, a_plan(), tmp_path / "store", progress=False)
+    settings = TrainingSettings(num_steps=2, batch_size=16, weighting="endpoint")
+    adapters = some_adapters(dit_base)
+    with count_forwards(dit_base) as first:
+        states = list(train(dit_base, adapters, store, settings))
+    with count_forwards(dit_base) as second:
+        adapters.remove()
+        again = list(train(dit_base, some_adapters(dit_base), TrajectoryStore(store.folder), settings))
+    assert second.samples == 2 * 16 < first.samples
+    assert [state.loss for state in states] == [state.loss for state in again]
+    weights = state_weights(store, influence_of(dit_base, store))
+    for state in states:
+        assert math.isclose(state.loss, float((weights[state.timestep] * state.squared_error).mean()), rel_tol=1e-5)
 
 
 def test_a_bin_almost_without_signal_does_not_take_over() -> None:
@@ -401,7 +430,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(
         ({"warmup": 0.2}, {}, "settings.warmup"),
         ({"weighting": "timestep"}, {}, "settings.weighting"),
         ({"seed": 4}, {}, "settings.seed"),
-        ({}, {"kind": "low-rank"}, "adapters.kind"),
+        ({}, {"kind": "modulated"}, "adapters.kind"),
         ({}, {"hidden_size": 16}, "adapters.hidden_size"),
         ({}, {"use_timestep": False}, "adapters.timestep_dim"),
         ({}, {"use_condition": False}, "adapters.class_dim"),

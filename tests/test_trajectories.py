@@ -701,7 +701,7 @@ def test_an_edited_manifest_gives_a_store_or_a_store_error(
         store = TrajectoryStore(tmp_path)
     except AGDError:
         return
-    assert store.complete in (True, False) and len(store) == 33
+    assert len(store) == (33 if manifest["shards"] else 0)  # without shards: a collection that has yet to begin
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -173,5 +173,5 @@ def test_the_run_makes_a_report(root: Path) -> None:
         pytest.skip("nothing was executed")
     rows = merge_results(root)
     page = write_report(root, rows).read_text(encoding="utf-8")
-    assert "data:image/png;base64," in page and "low-rank" in page
+    assert "data:image/png;base64," in page and "modulated" in page
     assert not re.search(r"<script|src='http|href='http", page)

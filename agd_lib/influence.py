@@ -1,0 +1,80 @@
+"""Where along a trajectory guidance decides the image: how far the endpoint moves when one range of timesteps goes without.
+
+The squared error of Algorithm 2 counts every recorded state alike. But an error at one noise level is forgotten by the
+steps that follow, and at another is carried to the end. :func:`endpoint_influence` measures which is which, once for a
+store; :func:`agd_lib.training.state_weights` turns it into weights.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from .base_models import BaseModel
+from .errors import StoreError
+from .guidance import CFG
+from .sampling import sample, sample_seed
+from .storage import read_tensors, write_tensors
+from .trajectories import TrajectoryStore
+
+INFLUENCE = "influence.safetensors"
+"""Name of the file in a store's folder that keeps what was measured for it."""
+
+
+@torch.no_grad()
+def endpoint_influence(
+    base: BaseModel,
+    store: TrajectoryStore,
+    num_bins: int = 10,
+    num_samples: int = 40,
+    batch_size: int = 20,
+    seed: int = 0,
+) -> Tensor:
+    """For equal ranges of timesteps: the mean squared movement of the final latents when CFG pauses in that range.
+
+    The teacher guides at the middle of the store's guidance range, with as many steps as the store was collected with.
+    Costs less than ``2 * (num_bins + 1) * num_samples * num_inference_steps`` forward passes, as many as collecting
+    ``(num_bins + 1) * num_samples`` trajectories.
+
+    Args:
+        base: without active adapters. store: its conditions are used in turn.
+        num_samples: trajectories per range, from the same noises and conditions for all ranges.
+
+    Returns:
+        (num_bins,) float32, from the cleanest range of timesteps to the noisiest.
+    """
+    conditions = store.conditions
+    known, total = len(next(iter(conditions.values()))), base.num_train_timesteps
+    scale = sum(store.manifest["guidance_range"]) / 2
+
+    def endpoints(low: float, high: float) -> Tensor:
+        """Final latents (num_samples, C, H, W) with guidance everywhere but in [low, high)."""
+        guidance = CFG(lambda timestep: 1.0 if low <= timestep < high else scale)
+        latents = []
+        for indices in torch.arange(num_samples).split(batch_size):
+            condition = {name: value[indices % known].to(base.device) for name, value in conditions.items()}
+            seeds = [sample_seed(seed, int(i)) for i in indices]
+            *_, last = sample(base, condition, guidance, store.manifest["num_inference_steps"], seeds=seeds)
+            latents.append(last.next_latents.float())
+        return torch.cat(latents)
+
+    guided = endpoints(0, 0)
+    edges = [total * i / num_bins for i in range(num_bins + 1)]
+    return torch.stack([(endpoints(*edge) - guided).square().mean() for edge in itertools.pairwise(edges)]).cpu()
+
+
+def influence_of(base: BaseModel, store: TrajectoryStore) -> Tensor:
+    """:func:`endpoint_influence` of a store, measured at the first call and kept in the store's folder.
+
+    Raises:
+        StoreError: if the file that keeps it is damaged. WriteError: if it cannot be written.
+    """
+    path = store.folder / INFLUENCE
+    if not path.is_file():
+        write_tensors(path, {"influence": endpoint_influence(base, store)})
+    influence = read_tensors(path, StoreError, "store's influence").get("influence")
+    if influence is None or influence.ndim != 1 or not bool(torch.isfinite(influence).all() & (influence >= 0).all()):
+        raise StoreError(f"{path} does not hold one finite number >= 0 for each range of timesteps: remove it")
+    return influence
