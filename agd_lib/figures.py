@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -168,69 +169,72 @@ def trajectory_plane(clean_latents: Tensor, paths: Tensor, scales: Sequence[floa
     return figure
 
 
-def adapter_sites(blocks: int, width: int, hidden_size: int) -> Figure:
-    """Where an adapter sits in a DiT block, drawn: beside the self-attention, added to its output.
+def adapter_sites(blocks: int, width: int, hidden_size: int, kind: str = "offset") -> Figure:
+    """Where an adapter sits in a DiT block, drawn: beside self-attention (the paper), or beside the MLP ("modulated").
 
     Args:
         blocks: number of blocks. width: C, of the tokens. hidden_size: d, of the adapter.
+        kind: a name in :data:`agd_lib.adapters.ADAPTERS`.
     """
     figure, axis = plt.subplots(figsize=(9.5, 4.0))
     axis.set_xlim(0, 19)
     axis.set_ylim(0, 7.5)
     axis.axis("off")
-    frozen, trained = "#dde6f2", "#fbdcc4"
+    frozen, trained, red, grey = "#dde6f2", "#fbdcc4", COLOURS["agd modulated"], "#444444"
+    y, low = 4.6, 2.2
 
-    def box(x: float, y: float, text: str, colour: str, w: float = 2.3, h: float = 1.1) -> None:
-        axis.add_patch(FancyBboxPatch((x - w / 2, y - h / 2), w, h, boxstyle="round,pad=0.05", fc=colour, ec="#444444"))
-        axis.text(x, y, text, ha="center", va="center", fontsize=8.5)
+    def box(x: float, height: float, text: str, colour: str, w: float) -> tuple[float, float]:
+        axis.add_patch(
+            FancyBboxPatch((x - w / 2, height - 0.55), w, 1.1, boxstyle="round,pad=0.05", fc=colour, ec=grey)
+        )
+        axis.text(x, height, text, ha="center", va="center", fontsize=8.5)
+        return x - w / 2 - 0.05, x + w / 2 + 0.05
 
-    def arrow(start: tuple[float, float], end: tuple[float, float], colour: str = "#444444") -> None:
-        axis.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": colour, "linewidth": 1.2})
-
-    def plus(x: float, y: float, colour: str = "#444444") -> None:
+    def plus(x: float, colour: str = grey) -> tuple[float, float]:
         axis.add_patch(Circle((x, y), 0.28, fc="white", ec=colour, linewidth=1.2, zorder=3))
         axis.text(x, y - 0.02, "+", ha="center", va="center", fontsize=12, color=colour, zorder=4)
+        return x - 0.28, x + 0.28
 
-    y = 4.6
+    def arrow(start: tuple[float, float], end: tuple[float, float], colour: str = grey) -> None:
+        axis.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": colour, "linewidth": 1.2})
+
     axis.add_patch(
         FancyBboxPatch((1.25, 1.0), 15.9, 6.2, boxstyle="round,pad=0.1", fc="none", ec="#888888", linestyle="--")
     )
     axis.text(1.5, 6.85, f"one of {blocks} DiT blocks (frozen)", fontsize=9, color="#555555")
-    box(2.9, y, "adaLN\n(t, c)", frozen, 1.7)
-    box(5.9, y, "self-attention", frozen)
-    plus(8.1, y, COLOURS["agd modulated"])
-    box(9.6, y, "gate (t, c)", frozen, 1.6)
-    plus(11.3, y)
-    box(13.6, y, "adaLN, MLP, gate\n(t, c)", frozen, 2.7)
-    plus(16.2, y)
-    box(5.9, 2.2, f"adapter\nd = {hidden_size}", trained)
-    for start, end in (
-        ((0.05, y), (2.0, y)),
-        ((3.8, y), (4.7, y)),
-        ((7.1, y), (7.8, y)),
-        ((8.4, y), (8.75, y)),
-        ((10.45, y), (11.0, y)),
-        ((11.6, y), (12.2, y)),
-        ((15.0, y), (15.9, y)),
-        ((16.5, y), (18.6, y)),
-    ):
-        arrow(start, end)
-    for left, right, top in ((1.65, 11.3, 6.2), (11.75, 16.2, 6.2)):  # the residual paths
-        axis.plot([left, left, right], [y, top, top], color="#444444", linewidth=1.2)
-        arrow((right, top), (right, y + 0.28))
-    red = COLOURS["agd modulated"]
-    axis.plot([4.25, 4.25], [y, 2.2], color=red, linewidth=1.2)
-    arrow((4.25, 2.2), (4.7, 2.2), red)
-    axis.plot([7.1, 8.1], [2.2, 2.2], color=red, linewidth=1.2)
-    arrow((8.1, 2.2), (8.1, y - 0.28), red)
-    axis.text(5.9, 0.35, "guidance scale w, timestep t, class c", ha="center", va="center", fontsize=9, color=red)
-    arrow((5.9, 0.6), (5.9, 1.6), red)
+    if kind == "modulated":
+        parts = [box(3.8, y, "adaLN, self-attention,\ngate (t, c)", frozen, 3.2), plus(6.4)]
+        parts += [box(8.3, y, "adaLN\n(t, c)", frozen, 1.7), box(10.9, y, "MLP", frozen, 2.3), plus(13.1, red)]
+        parts += [box(14.6, y, "gate (t, c)", frozen, 1.6), plus(16.3)]
+        branch, adapter, joined, residuals = 9.4, 10.9, 13.1, ((1.65, 6.4), (6.95, 16.3))
+        title = "The extension corrects the MLP's output, and shifts the embedding of timestep and class"
+        axis.text(4.6, low, "shift of the embedding\nthat every (t, c) stands for", ha="center", va="center", color=red)
+        arrow((9.7, low - 0.35), (6.9, low - 0.35), red)
+        for x in (3.8, 8.3):
+            arrow((4.6, low + 0.55), (x, y - 0.65), red)
+    else:
+        parts = [box(2.9, y, "adaLN\n(t, c)", frozen, 1.7), box(5.9, y, "self-attention", frozen, 2.3), plus(8.1, red)]
+        parts += [box(9.6, y, "gate (t, c)", frozen, 1.6), plus(11.3)]
+        parts += [box(13.6, y, "adaLN, MLP, gate\n(t, c)", frozen, 2.7), plus(16.2)]
+        branch, adapter, joined, residuals = 4.25, 5.9, 8.1, ((1.65, 11.3), (11.75, 16.2))
+        title = "The adapter adds its correction to the attention's output; nothing of the base changes"
+    edges = [(0.0, 0.05), *parts, (18.6, 19.0)]
+    for (_, right), (left, _) in itertools.pairwise(edges):
+        arrow((right, y), (left, y))
+    for left, right in residuals:
+        axis.plot([left, left, right], [y, 6.2, 6.2], color=grey, linewidth=1.2)
+        arrow((right, 6.2), (right, y + 0.28))
+    left, right = box(adapter, low, f"adapter\nd = {hidden_size}", trained, 2.3)
+    axis.plot([branch, branch], [y, low], color=red, linewidth=1.2)
+    arrow((branch, low), (left, low), red)
+    axis.plot([right, joined], [low, low], color=red, linewidth=1.2)
+    arrow((joined, low), (joined, y - 0.28), red)
+    axis.text(adapter, 0.35, "guidance scale w, timestep t, class c", ha="center", va="center", fontsize=9, color=red)
+    arrow((adapter, 0.6), (adapter, low - 0.6), red)
+    axis.text(joined + 0.2, 2.9, "zero at the start", fontsize=8.5, color=red)
     axis.text(0.05, y + 0.2, f"tokens\n(N, {width})", fontsize=8)
-    axis.text(8.3, 2.9, "zero at the start", fontsize=8.5, color=red)
     axis.text(17.5, y + 0.2, "next block", fontsize=8)
-    axis.set_title(
-        "The adapter adds its correction to the attention's output; nothing of the base changes", fontsize=11
-    )
+    axis.set_title(title, fontsize=11)
     figure.tight_layout()
     plt.close(figure)
     return figure

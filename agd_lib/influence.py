@@ -34,9 +34,9 @@ def endpoint_influence(
 ) -> Tensor:
     """For equal ranges of timesteps: the mean squared movement of the final latents when CFG pauses in that range.
 
-    The teacher guides at the middle of the store's guidance range, with as many steps as the store was collected with.
-    Costs less than ``2 * (num_bins + 1) * num_samples * num_inference_steps`` forward passes, as many as collecting
-    ``(num_bins + 1) * num_samples`` trajectories.
+    The teacher guides at the middle of the store's guidance range, with as many steps as the store was collected with,
+    but at most 50. Costs less than ``2 * (num_bins + 1) * num_samples * steps`` forward passes, as many as collecting
+    ``(num_bins + 1) * num_samples`` trajectories of so many steps.
 
     Args:
         base: without active adapters. store: its conditions are used in turn.
@@ -48,6 +48,7 @@ def endpoint_influence(
     conditions = store.conditions
     known, total = len(next(iter(conditions.values()))), base.num_train_timesteps
     scale = sum(store.manifest["guidance_range"]) / 2
+    num_inference_steps = min(50, store.manifest["num_inference_steps"])
 
     def endpoints(low: float, high: float) -> Tensor:
         """Final latents (num_samples, C, H, W) with guidance everywhere but in [low, high)."""
@@ -56,7 +57,7 @@ def endpoint_influence(
         for indices in torch.arange(num_samples).split(batch_size):
             condition = {name: value[indices % known].to(base.device) for name, value in conditions.items()}
             seeds = [sample_seed(seed, int(i)) for i in indices]
-            *_, last = sample(base, condition, guidance, store.manifest["num_inference_steps"], seeds=seeds)
+            *_, last = sample(base, condition, guidance, num_inference_steps, seeds=seeds)
             latents.append(last.next_latents.float())
         return torch.cat(latents)
 

@@ -54,6 +54,7 @@ def test_the_figures_of_trajectories_and_adapters_can_be_drawn() -> None:
         figures.trajectory_plane(torch.randn(20, 4, 8, 8), paths, [1.0, 4.0], "t"),
         figures.recorded_states(torch.rand(30) * 5 + 1, (1.0, 6.0), torch.arange(8), torch.rand(8)),
         figures.adapter_sites(6, 160, 32),
+        figures.adapter_sites(6, 160, 32, "modulated"),
     ]
     assert all(isinstance(figure, Figure) for figure in drawn)
 
