@@ -262,26 +262,42 @@ def _jitter(rgb: tuple[int, int, int], rng: np.random.Generator) -> tuple[float,
     return float(r), float(g), float(b)
 
 
-def render(scene: Scene) -> Image.Image:
-    """Draw a scene, anti-aliased, as a 32 x 32 RGB image."""
+def coverage(shape: str, x: float, y: float, radius: float, rotation: float) -> np.ndarray:
+    """The share of every pixel that a shape covers, (32, 32, 1): the anti-aliased mask of one shape.
+
+    Args:
+        shape: name in :data:`SHAPES`. x, y: centre in pixels. radius: circumscribed, in pixels. rotation: in radians.
+    """
     big = IMAGE_SIZE * _SUPERSAMPLING
     mask = Image.new("L", (big, big), 0)
     draw = ImageDraw.Draw(mask)
-    for polygon, filled in _outline(scene.shape):
+    for polygon, filled in _outline(shape):
         points = [
-            ((scene.x + scene.radius * px) * _SUPERSAMPLING, (scene.y + scene.radius * py) * _SUPERSAMPLING)
-            for px, py in _turn(polygon, scene.rotation)
+            ((x + radius * px) * _SUPERSAMPLING, (y + radius * py) * _SUPERSAMPLING)
+            for px, py in _turn(polygon, rotation)
         ]
         draw.polygon(points, fill=255 if filled else 0)
-    coverage = (
-        np.asarray(mask.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX), dtype=np.float64)[..., None] / 255
-    )
+    return np.asarray(mask.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX), dtype=np.float64)[..., None] / 255
+
+
+def gradient(ends: Sequence[tuple[float, float, float]], angle: float) -> np.ndarray:
+    """A linear gradient between two colours, (32, 32, 3), in the direction ``angle`` (radians)."""
     grid = (np.arange(IMAGE_SIZE) + 0.5) / IMAGE_SIZE - 0.5
-    ramp = grid[None, :] * math.cos(scene.gradient_angle) + grid[:, None] * math.sin(scene.gradient_angle)
-    ramp = (ramp / math.sqrt(2) + 0.5)[..., None]
-    start, stop = (np.asarray(rgb) for rgb in scene.background_rgb)
-    pixels = coverage * np.asarray(scene.foreground_rgb) + (1 - coverage) * (start + ramp * (stop - start))
+    ramp = grid[None, :] * math.cos(angle) + grid[:, None] * math.sin(angle)
+    start, stop = (np.asarray(rgb) for rgb in ends)
+    return start + (ramp / math.sqrt(2) + 0.5)[..., None] * (stop - start)
+
+
+def to_image(pixels: np.ndarray) -> Image.Image:
+    """Pixels (32, 32, 3), floats in 0..255, as an image."""
     return Image.fromarray(np.rint(pixels).clip(0, 255).astype(np.uint8), mode="RGB")
+
+
+def render(scene: Scene) -> Image.Image:
+    """Draw a scene, anti-aliased, as a 32 x 32 RGB image."""
+    covered = coverage(scene.shape, scene.x, scene.y, scene.radius, scene.rotation)
+    background = gradient(scene.background_rgb, scene.gradient_angle)
+    return to_image(covered * np.asarray(scene.foreground_rgb) + (1 - covered) * background)
 
 
 def make_images(
