@@ -88,8 +88,12 @@ class GuidanceInterval:
 class Guidance(Protocol):
     """What :func:`agd_lib.sampling.sample` asks of a kind of guidance."""
 
-    def predict(self, base: BaseModel, latents: Tensor, timestep: int, condition: Condition) -> Tensor:
-        """The guided prediction (B, C, H, W), in the base model's own prediction type."""
+    def predict(self, base: BaseModel, latents: Tensor, timestep: float, condition: Condition) -> Tensor:
+        """The guided prediction (B, C, H, W), in the base model's own prediction type.
+
+        The timestep is exact: some schedulers (Euler) place theirs between the whole numbers. Schedules see its whole
+        part.
+        """
         ...
 
 
@@ -97,7 +101,7 @@ class Guidance(Protocol):
 class Unguided:
     """The conditional model alone: one forward pass a step."""
 
-    def predict(self, base: BaseModel, latents: Tensor, timestep: int, condition: Condition) -> Tensor:
+    def predict(self, base: BaseModel, latents: Tensor, timestep: float, condition: Condition) -> Tensor:
         return base.denoise(latents, timestep, condition)
 
 
@@ -116,14 +120,14 @@ class CFG:
     scale: Scale
     guided_channels: int | None = None
 
-    def predict(self, base: BaseModel, latents: Tensor, timestep: int, condition: Condition) -> Tensor:
-        scale = scale_at(self.scale, timestep, len(latents), latents)
+    def predict(self, base: BaseModel, latents: Tensor, timestep: float, condition: Condition) -> Tensor:
+        scale = scale_at(self.scale, int(timestep), len(latents), latents)
         if bool((scale == 1).all()):
             return base.denoise(latents, timestep, condition)
         conditional, unconditional = self.both(base, latents, timestep, condition)
         return self.combine(unconditional, conditional, scale)
 
-    def both(self, base: BaseModel, latents: Tensor, timestep: int, condition: Condition) -> tuple[Tensor, Tensor]:
+    def both(self, base: BaseModel, latents: Tensor, timestep: float, condition: Condition) -> tuple[Tensor, Tensor]:
         """``(conditional, unconditional)`` predictions, each (B, C, H, W), from one batched call."""
         null = base.null_condition(len(latents))
         doubled = {name: torch.cat([value, null[name]]) for name, value in condition.items()}
@@ -145,7 +149,7 @@ class AGD:
     adapters: AdapterSet
     scale: Scale
 
-    def predict(self, base: BaseModel, latents: Tensor, timestep: int, condition: Condition) -> Tensor:
-        scale = scale_at(self.scale, timestep, len(latents), latents)
+    def predict(self, base: BaseModel, latents: Tensor, timestep: float, condition: Condition) -> Tensor:
+        scale = scale_at(self.scale, int(timestep), len(latents), latents)
         with self.adapters.guided_by(scale):
             return base.denoise(latents, timestep, condition)

@@ -29,7 +29,7 @@ class SamplerStep:
 
     Attributes:
         index: 0 for the first (noisiest) step.
-        timestep: t, from ``num_train_timesteps - 1`` down to 0.
+        timestep: t, from ``num_train_timesteps - 1`` down to 0; without its fraction, where the scheduler's has one.
         latents: x_t, (B, C, H, W), before the step.
         prediction: the guided prediction at x_t, (B, C, H, W).
         next_latents: after the step; of the last step: the sample.
@@ -103,7 +103,7 @@ def sample(
         step_arguments["generator"] = list(generators)
     for index, timestep in enumerate(scheduler.timesteps):
         model_input = scheduler.scale_model_input(latents, timestep)
-        prediction = guidance.predict(base, model_input, int(timestep), condition)
+        prediction = guidance.predict(base, model_input, timestep.item(), condition)
         next_latents = scheduler.step(prediction, timestep, latents, **step_arguments).prev_sample
         yield SamplerStep(index, int(timestep), latents, prediction, next_latents)
         latents = next_latents

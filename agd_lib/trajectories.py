@@ -123,7 +123,7 @@ def collect_batch(base: BaseModel, plan: CollectionPlan, indices: Sequence[int])
 
     Returns:
         Rows in the order of the trajectories, then of the steps: ``latents`` (as the denoiser saw them, after the
-        scheduler's input scaling if it has one) and ``target`` (R, C, H, W), ``timestep`` (R,) int64,
+        scheduler's input scaling if it has one) and ``target`` (R, C, H, W), ``timestep`` (R,) int64 (the whole part),
         ``guidance_scale`` (R,) float32, ``condition`` (R,) int64 (index into ``plan.conditions``), and ``signal`` (R,)
         float32: the mean square of what guidance adds, ``target - conditional prediction``.
     """
@@ -166,7 +166,7 @@ class _RecordingCFG:
         self.latents = torch.empty(0)
         self.signal = torch.zeros_like(scales)
 
-    def predict(self, base: BaseModel, latents: Tensor, timestep: int, condition: Condition) -> Tensor:
+    def predict(self, base: BaseModel, latents: Tensor, timestep: float, condition: Condition) -> Tensor:
         conditional, unconditional = self.cfg.both(base, latents, timestep, condition)
         self.latents = latents
         target = self.cfg.combine(unconditional, conditional, self.scales.to(latents.dtype))
