@@ -11,7 +11,7 @@ authors' code; :class:`ModulatedAdapter` is an extension of ours.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ class AdapterInputs:
         class_embedding: (B, class_dim), the base model's own label embedding; None without classes.
         prompt_embeddings: (B, L, prompt_dim), the text encoder's tokens; None without prompts.
         code: (B, d), the :class:`SharedCode` of the above; None for kinds that make their own.
+        prompt_code: (B, L, d), the same code token by token of the prompt; None without prompts.
     """
 
     guidance_scale: Tensor
@@ -36,6 +37,7 @@ class AdapterInputs:
     class_embedding: Tensor | None = None
     prompt_embeddings: Tensor | None = None
     code: Tensor | None = None
+    prompt_code: Tensor | None = None
 
     def to(self, dtype: torch.dtype) -> AdapterInputs:
         """With embeddings of another dtype; the guidance scale keeps its own (bfloat16 would round 4.01 to 4)."""
@@ -220,9 +222,9 @@ class CrossAttentionAdapter(Adapter):
 
 
 class SharedCode(nn.Module):
-    """One code of (scale, timestep, class or prompt) for all adapters of a set: inputs -> (B, d).
+    """One code of (scale, timestep, class or prompt) for all adapters of a set: (B, d), and (B, L, d) for prompts.
 
-    The paper's adapters each have a network of their own for this, a third of their parameters; the inputs are the same
+    The code of a whole prompt sees the mean of its tokens, the code of a token sees that token. The paper's adapters each have a network of their own for this, a third of their parameters; the inputs are the same
     everywhere, so an extension's adapters share one.
     """
 
@@ -234,7 +236,8 @@ class SharedCode(nn.Module):
         self.class_proj = nn.Linear(sizes.class_dim, d) if sizes.class_dim else None
         self.prompt_proj = nn.Linear(sizes.prompt_dim, d) if sizes.prompt_dim else None
 
-    def forward(self, inputs: AdapterInputs) -> Tensor:
+    def forward(self, inputs: AdapterInputs) -> AdapterInputs:
+        """The inputs with their codes."""
         w = inputs.guidance_scale
         features = torch.stack([w / 4, torch.log1p(w)], dim=1)  # (B, 2)
         code = self.guidance_scale_proj(features.to(self.guidance_scale_proj.weight.dtype))
@@ -242,9 +245,10 @@ class SharedCode(nn.Module):
             code = code + self.timestep_proj(inputs.timestep_embedding)
         if self.class_proj is not None and inputs.class_embedding is not None:
             code = code + self.class_proj(inputs.class_embedding)
-        if self.prompt_proj is not None and inputs.prompt_embeddings is not None:
-            code = code + self.prompt_proj(inputs.prompt_embeddings.mean(dim=1))
-        return F.silu(code)
+        if self.prompt_proj is None or inputs.prompt_embeddings is None:
+            return replace(inputs, code=F.silu(code))
+        tokens = self.prompt_proj(inputs.prompt_embeddings)  # (B, L, d)
+        return replace(inputs, code=F.silu(code + tokens.mean(dim=1)), prompt_code=F.silu(code[:, None] + tokens))
 
 
 @dataclass(frozen=True)
@@ -253,7 +257,8 @@ class Modulation:
 
     Attributes:
         gain, shift: (B, 1, d), of the hidden features. strength: (B, 1, d), of the correction; zero at scale 1.
-        embedding_shift: (B, E), what is added to the block's own embedding; zero at scale 1.
+        embedding_shift: (B, C), what is added to the block's own embedding, or (B, L, prompt_dim), what is added to the
+            prompt tokens that its attention sees; zero at scale 1.
     """
 
     gain: Tensor
@@ -266,7 +271,9 @@ class ModulatedAdapter(Adapter):
     """Extension (not the paper's): moves the embedding that modulates a block, and corrects the block's tokens.
 
     1. A transformer block is told the timestep and the class by an embedding (adaLN). The unconditional pass of CFG
-       differs from the conditional one in this embedding alone, so the adapter shifts it, by (w - 1) S z.
+       differs from the conditional one in this embedding alone, so the adapter shifts it, by (w - 1) S z. The blocks of
+       a text-to-image UNet are told the prompt by its tokens: there every token is shifted, by (w - 1) S z of its own.
+       (The same shift for all tokens would move all attention scores alike, which softmax does not notice.)
     2. A low-rank network on every token, beside the block's feed-forward layer: ``U (gelu(D h * (1 + a) + b) * (w - 1)
        (1 + g))``.
 
@@ -282,7 +289,7 @@ class ModulatedAdapter(Adapter):
         super().__init__(channels, sizes)
         d = sizes.hidden_size
         self.modulation = nn.Linear(d, 3 * d)
-        self.embedding_proj = nn.Linear(d, channels, bias=False)
+        self.embedding_proj = nn.Linear(d, sizes.prompt_dim or channels, bias=False)
         self.down = nn.Linear(channels, d)
         self.up = nn.Linear(d, channels, bias=False)
         for last in (self.up, self.embedding_proj, self.modulation):
@@ -293,9 +300,11 @@ class ModulatedAdapter(Adapter):
         assert inputs.code is not None
         beyond_one = (inputs.guidance_scale - 1).to(inputs.code.dtype)[:, None]  # (B, 1)
         gain, shift, gate = self.modulation(inputs.code)[:, None].chunk(3, dim=-1)
-        return Modulation(
-            1 + gain, shift, beyond_one[:, None] * (1 + gate), beyond_one * self.embedding_proj(inputs.code)
-        )
+        if inputs.prompt_code is None:
+            embedding_shift = beyond_one * self.embedding_proj(inputs.code)
+        else:
+            embedding_shift = beyond_one[:, None] * self.embedding_proj(inputs.prompt_code)
+        return Modulation(1 + gain, shift, beyond_one[:, None] * (1 + gate), embedding_shift)
 
     def forward(self, hidden_states: Tensor, condition: Modulation) -> Tensor:
         return self.up(F.gelu(self.down(hidden_states) * condition.gain + condition.shift) * condition.strength)

