@@ -24,6 +24,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
 
 from .adapters import AdapterInputs
 from .errors import BaseModelError
@@ -209,7 +210,8 @@ class BaseModel(ABC):
         """The clean latents that a prediction at x_t stands for: the model's guess of where the trajectory ends.
 
         Args:
-            latents: x_t, (B, C, H, W). prediction: the same shape, in :attr:`prediction_type`. timestep: t.
+            latents: x_t, (B, C, H, W), as the denoiser sees it (after the scheduler's input scaling if it has one).
+            prediction: the same shape, in :attr:`prediction_type`. timestep: t.
         """
         alpha_bar = self.scheduler.alphas_cumprod[timestep].to(latents.device, torch.float32)
         signal, noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
@@ -630,16 +632,19 @@ def _load_single_file(path: Path, dtype: torch.dtype, revision: str | None, conf
 
 @contextmanager
 def _quiet_diffusers() -> Iterator[None]:
-    """Without diffusers' remarks on a load (class names kept as JSON, a progress bar over three parts)."""
-    verbosity, progress = diffusers_logging.get_verbosity(), diffusers_logging.is_progress_bar_enabled()
-    diffusers_logging.set_verbosity_error()
-    diffusers_logging.disable_progress_bar()
+    """Without the remarks of diffusers and transformers on a load (class names kept as JSON, progress bars over parts)."""
+    libraries = (diffusers_logging, transformers_logging)
+    before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
     try:
         yield
     finally:
-        diffusers_logging.set_verbosity(verbosity)
-        if progress:
-            diffusers_logging.enable_progress_bar()
+        for library, (verbosity, progress) in zip(libraries, before):
+            library.set_verbosity(verbosity)
+            if progress:
+                library.enable_progress_bar()
 
 
 @dataclass

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -243,6 +243,14 @@ def precision_recall(features: Tensor, reference_features: Tensor, neighbours: i
     return metrics["precision"], metrics["recall"]
 
 
+def _in_turn(base: BaseModel, conditions: Sequence[Any] | None, count: int) -> list[Any]:
+    """``count`` of the conditions, or of every condition that the model knows, in turn."""
+    known = base.all_conditions() if conditions is None else conditions
+    if not known:
+        raise ValueError("got no conditions, expected at least one class label or prompt")
+    return [known[i % len(known)] for i in range(count)]
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """A row of results, and the final latents (n, C, H, W) that it was measured on."""
@@ -264,6 +272,7 @@ def evaluate(
     cfg_latents: Tensor | None = None,
     max_reference: int = 5_000,
     progress: bool = True,
+    conditions: Sequence[Any] | None = None,
 ) -> Evaluation:
     """Sample ``n`` images, conditions in turn, and measure them. Images are not kept in memory, features are.
 
@@ -274,9 +283,12 @@ def evaluate(
             endpoint error ratio (None where the two agree, as at scale 1).
         max_reference: reference images used for precision and recall, evenly spread (their cost grows with n times
             this).
+        conditions: class labels or prompts, taken in turn; by default every class that the model knows. Only class labels
+            have an accuracy.
 
     Raises:
-        ValueError: if n is too small. EvaluationError: if reference and extractor do not match.
+        ValueError: if n is too small, or a text-to-image model gets no prompts. EvaluationError: if reference and
+            extractor do not match.
     """
     if reference.extractor != extractor.name:
         raise EvaluationError(
@@ -286,7 +298,7 @@ def evaluate(
         raise ValueError(
             f"got n = {n}, expected more than {extractor.feature_dim} samples for {extractor.name}'s features"
         )
-    conditions = [base.all_conditions()[i % len(base.all_conditions())] for i in range(n)]
+    conditions = _in_turn(base, conditions, n)
     kind, adapter, scale, adapter_parameters = describe(guidance)
     label = f"{kind} {scale:g}" if adapter is None else f"{kind} {adapter} {scale:g}"
     latents, features, predicted = [], [], []
@@ -313,7 +325,7 @@ def evaluate(
         precision, recall = precision_recall(
             all_features, reference.features[_spread(len(reference.features), max_reference)]
         )
-    if predicted:
+    if predicted and not isinstance(conditions[0], str):
         accuracy = (torch.cat(predicted) == torch.tensor(conditions)).double().mean().item()
     if (
         unguided_latents is not None
@@ -405,9 +417,14 @@ def time_side_by_side(
     batch_size: int = 8,
     num_inference_steps: int = 10,
     rounds: int = 5,
+    conditions: Sequence[Any] | None = None,
 ) -> dict[str, Timing]:
-    """Time several guidances in turn, round by round, so that a change of the machine's speed hits all alike."""
-    conditions = [base.all_conditions()[i % len(base.all_conditions())] for i in range(batch_size)]
+    """Time several guidances in turn, round by round, so that a change of the machine's speed hits all alike.
+
+    Args:
+        conditions: as for :func:`evaluate`.
+    """
+    conditions = _in_turn(base, conditions, batch_size)
     seconds: dict[str, list[float]] = {name: [] for name in guidances}
     for round_number in range(rounds + 1):
         for name, guidance in guidances.items():

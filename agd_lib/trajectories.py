@@ -482,10 +482,12 @@ def noised_data_states(store: TrajectoryStore, clean_latents: Tensor, base: Base
         clean_latents: (N, C, H, W), scaled latents of real images; drawn from with replacement.
 
     Returns:
-        (len(store), C, H, W): row i is noised to the timestep of the store's state i.
+        (len(store), C, H, W): row i is noised to the timestep of the store's state i, and like it as the denoiser sees it
+        (the Euler schedulers' own ``add_noise`` gives it before their input scaling).
     """
     generator = torch.Generator().manual_seed(seed)
     timesteps = store.column("timestep")
     chosen = clean_latents[torch.randint(len(clean_latents), (len(timesteps),), generator=generator)]
     noise = torch.randn(chosen.shape, generator=generator)
-    return copy.deepcopy(base.scheduler).add_noise(chosen, noise, timesteps)
+    alpha_bar = base.scheduler.alphas_cumprod[timesteps][:, None, None, None]
+    return alpha_bar.sqrt() * chosen + (1 - alpha_bar).sqrt() * noise
