@@ -28,6 +28,34 @@ class ExtractorOutput(NamedTuple):
     """(B, 9): shape colour (RGB in [-1, 1]), mean background colour (same), x, y and radius (shares of the side)."""
 
 
+def conv_stages(width: int) -> nn.ModuleList:
+    """The convolutions of a small image reader: (B, 3, 32, 32) -> (B, 4 * width, 4, 4) in six stages."""
+    channels = [3, width, width, 2 * width, 2 * width, 4 * width, 4 * width]
+    strides = [1, 2, 1, 2, 1, 2]
+    return nn.ModuleList(
+        nn.Sequential(
+            nn.Conv2d(channels[i], channels[i + 1], 3, stride=strides[i], padding=1, bias=False),
+            nn.GroupNorm(8, channels[i + 1]),
+            nn.SiLU(),
+        )
+        for i in range(len(strides))
+    )
+
+
+def checked_pixels(images: Tensor) -> Tensor:
+    """Images (B, 3, 32, 32), float in [-1, 1] or uint8 in 0..255, as floats in [-1, 1].
+
+    Raises:
+        ValueError: if the images have another shape.
+    """
+    if images.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
+        raise ValueError(
+            f"got images of shape {tuple(images.shape)}, expected (batch, 3, {IMAGE_SIZE}, {IMAGE_SIZE}): "
+            "this extractor knows this library's procedural images alone"
+        )
+    return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images
+
+
 class ShapesExtractor(ModelMixin, ConfigMixin):
     """A convolutional network with one feature vector and two heads (class, attributes).
 
@@ -40,17 +68,8 @@ class ShapesExtractor(ModelMixin, ConfigMixin):
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(self, num_classes: int = len(SHAPES), feature_dim: int = 64, width: int = 32) -> None:
         super().__init__()
-        channels = [3, width, width, 2 * width, 2 * width, 4 * width, 4 * width]
-        strides = [1, 2, 1, 2, 1, 2]
-        self.stages = nn.ModuleList(
-            nn.Sequential(
-                nn.Conv2d(channels[i], channels[i + 1], 3, stride=strides[i], padding=1, bias=False),
-                nn.GroupNorm(8, channels[i + 1]),
-                nn.SiLU(),
-            )
-            for i in range(len(strides))
-        )
-        self.to_features = nn.Linear(channels[-1] * (IMAGE_SIZE // 8) ** 2, feature_dim)
+        self.stages = conv_stages(width)
+        self.to_features = nn.Linear(4 * width * (IMAGE_SIZE // 8) ** 2, feature_dim)
         self.norm = nn.LayerNorm(feature_dim)
         self.class_head = nn.Linear(feature_dim, num_classes)
         self.attribute_head = nn.Linear(feature_dim, 9)
@@ -60,14 +79,7 @@ class ShapesExtractor(ModelMixin, ConfigMixin):
         Args:
             images: (B, 3, 32, 32), float in [-1, 1] or uint8 in 0..255.
         """
-        if images.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
-            raise ValueError(
-                f"got images of shape {tuple(images.shape)}, expected (batch, 3, {IMAGE_SIZE}, {IMAGE_SIZE}): "
-                "this extractor knows the shapes data set alone"
-            )
-        x = images
-        if x.dtype == torch.uint8:
-            x = x.float() / 127.5 - 1
+        x = checked_pixels(images)
         for stage in self.stages:
             x = stage(x)
         features = self.norm(self.to_features(x.flatten(1)))
