@@ -57,11 +57,12 @@ def _to_float(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1
 
 
-def _to_unit(images: Tensor) -> Tensor:
+def to_unit(images: Tensor) -> Tensor:
+    """Bytes as floats in [0, 1], as feature extractors take them."""
     return images.float() / 255
 
 
-def _batches(count: int, batch_size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
+def batches(count: int, batch_size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
     """``steps`` batches of indices: shuffled epochs, one after another."""
     order = torch.empty(0, dtype=torch.int64)
     for _ in range(steps):
@@ -71,9 +72,10 @@ def _batches(count: int, batch_size: int, steps: int, generator: torch.Generator
         yield batch
 
 
-def _one_cycle(
+def one_cycle(
     optimizer: torch.optim.Optimizer, learning_rate: float, steps: int
 ) -> torch.optim.lr_scheduler.OneCycleLR:
+    """Warm-up over the first twentieth of ``steps``, then cosine annealing to nearly zero."""
     return torch.optim.lr_scheduler.OneCycleLR(
         optimizer, learning_rate, total_steps=steps + 1, pct_start=0.05, cycle_momentum=False
     )
@@ -91,8 +93,8 @@ def train_extractor(
     generator = torch.Generator().manual_seed(seed)
     model = ShapesExtractor().train()
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
-    schedule = _one_cycle(optimizer, 2e-3, steps)
-    progress = tqdm(_batches(len(images), batch_size, steps, generator), total=steps, desc="extractor", mininterval=10)
+    schedule = one_cycle(optimizer, 2e-3, steps)
+    progress = tqdm(batches(len(images), batch_size, steps, generator), total=steps, desc="extractor", mininterval=10)
     for batch in progress:
         output = model(images[batch])
         loss = F.cross_entropy(output.logits, labels[batch]) + 4 * F.mse_loss(output.attributes, attributes[batch])
@@ -138,10 +140,8 @@ def train_vae(
     generator = torch.Generator().manual_seed(seed)
     vae = new_vae().train().to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), weight_decay=0.0)
-    schedule = _one_cycle(optimizer, 2e-3, steps)
-    progress = tqdm(
-        _batches(len(images), batch_size, steps, generator), total=steps, desc="autoencoder", mininterval=10
-    )
+    schedule = one_cycle(optimizer, 2e-3, steps)
+    progress = tqdm(batches(len(images), batch_size, steps, generator), total=steps, desc="autoencoder", mininterval=10)
     for batch in progress:
         x = _to_float(images[batch]).to(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
@@ -242,8 +242,8 @@ def train_dit(
     ema = copy.deepcopy(dit).eval()
     null_label = dit.config.num_embeds_ada_norm
     optimizer = torch.optim.AdamW(dit.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
-    schedule = _one_cycle(optimizer, learning_rate, steps)
-    progress = tqdm(_batches(len(mean), batch_size, steps, generator), total=steps, desc="denoiser", mininterval=10)
+    schedule = one_cycle(optimizer, learning_rate, steps)
+    progress = tqdm(batches(len(mean), batch_size, steps, generator), total=steps, desc="denoiser", mininterval=10)
     for step, batch in enumerate(progress, start=1):
         posterior_noise, noise = (torch.randn(mean[batch].shape, generator=generator) for _ in range(2))
         latents = (mean[batch] + std[batch] * posterior_noise) * scaling_factor
@@ -320,8 +320,8 @@ def build_tiny_dit(
         _publish(extractor, output / "extractor")
     if not (output / "reference.safetensors").exists():
         features = ShapesFeatures(output / "extractor")
-        batches = [features(_to_unit(batch))[0] for batch, _ in iter_images(REFERENCE_SEED, NUM_REFERENCE)]
-        save_reference(output / "reference.safetensors", torch.cat(batches), features.name)
+        rows = [features(to_unit(batch))[0] for batch, _ in iter_images(REFERENCE_SEED, NUM_REFERENCE)]
+        save_reference(output / "reference.safetensors", torch.cat(rows), features.name)
     pipeline = DiTPipeline(
         transformer=DiTTransformer2DModel.from_pretrained(output / "transformer"),
         vae=AutoencoderKL.from_pretrained(output / "vae"),
