@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +225,72 @@ def test_a_single_file_is_told_by_its_text_encoder(
     assert (base.name, base.revision) == (str(path), None)
     load_base(path, config=tmp_path)
     assert asked[1][1] == {"config": str(tmp_path), "revision": None, "dtype": torch.float32}
+
+
+def single_file_name(part: str, name: str) -> str:
+    """The name in Stable Diffusion's own code of a tensor of diffusers' UNet, autoencoder or text encoder."""
+    if part == "text_encoder":
+        return f"cond_stage_model.transformer.text_model.{name.removeprefix('text_model.')}"
+
+    def numbered(pattern: str, place: Callable[..., str]) -> None:
+        nonlocal name
+        name = re.sub(pattern, lambda match: place(*map(int, match.groups())), name)
+
+    if part == "unet":
+        numbered(r"^down_blocks\.(\d)\.resnets\.(\d)", lambda i, j: f"input_blocks.{1 + 3 * i + j}.0")
+        numbered(r"^down_blocks\.(\d)\.attentions\.(\d)", lambda i, j: f"input_blocks.{1 + 3 * i + j}.1")
+        numbered(r"^down_blocks\.(\d)\.downsamplers\.0\.conv", lambda i: f"input_blocks.{3 * (i + 1)}.0.op")
+        numbered(r"^up_blocks\.(\d)\.resnets\.(\d)", lambda i, j: f"output_blocks.{3 * i + j}.0")
+        numbered(r"^up_blocks\.(\d)\.attentions\.(\d)", lambda i, j: f"output_blocks.{3 * i + j}.1")
+        numbered(r"^up_blocks\.(\d)\.upsamplers\.0", lambda i: f"output_blocks.{3 * i + 2}.{2 if i else 1}")
+        numbered(r"^mid_block\.resnets\.(\d)", lambda j: f"middle_block.{2 * j}")
+        numbered(r"^mid_block\.attentions\.0", lambda: "middle_block.1")
+        names = {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2"}
+        names |= {"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}
+        name = next((name.replace(ours, names[ours], 1) for ours in names if name.startswith(ours)), name)
+        if "transformer_blocks" not in name:
+            for ours, theirs in {
+                ".norm1.": ".in_layers.0.",
+                ".conv1.": ".in_layers.2.",
+                ".time_emb_proj.": ".emb_layers.1.",
+                ".norm2.": ".out_layers.0.",
+                ".conv2.": ".out_layers.3.",
+                ".conv_shortcut.": ".skip_connection.",
+            }.items():
+                name = name.replace(ours, theirs)
+        return f"model.diffusion_model.{name}"
+    numbered(r"^encoder\.down_blocks\.(\d)\.resnets\.(\d)", lambda i, j: f"encoder.down.{i}.block.{j}")
+    numbered(r"^encoder\.down_blocks\.(\d)\.downsamplers\.0", lambda i: f"encoder.down.{i}.downsample")
+    numbered(r"^decoder\.up_blocks\.(\d)\.resnets\.(\d)", lambda i, j: f"decoder.up.{3 - i}.block.{j}")
+    numbered(r"^decoder\.up_blocks\.(\d)\.upsamplers\.0", lambda i: f"decoder.up.{3 - i}.upsample")
+    numbered(r"mid_block\.resnets\.(\d)", lambda j: f"mid.block_{j + 1}")
+    for ours, theirs in {
+        "mid_block.attentions.0.": "mid.attn_1.",
+        "group_norm": "norm",
+        "to_q": "q",
+        "to_k": "k",
+        "to_v": "v",
+        "to_out.0": "proj_out",
+        "conv_shortcut": "nin_shortcut",
+        "conv_norm_out": "norm_out",
+    }.items():
+        name = name.replace(ours, theirs)
+    return f"first_stage_model.{name}"
+
+
+def test_a_single_file_gives_the_same_model_as_its_folder(tmp_path: Path, folders: dict[str, Path]) -> None:
+    base = load_base(folders["sd"])
+    tensors = {}
+    for part in ("unet", "vae", "text_encoder"):
+        for name, value in getattr(base.pipeline, part).state_dict().items():
+            tensors[single_file_name(part, name)] = value.contiguous()
+    path = tmp_path / "model.safetensors"
+    save_file(tensors, path)
+    single = load_base(path, config=folders["sd"])
+    assert isinstance(base, StableDiffusionBase) and isinstance(single, StableDiffusionBase)
+    assert single.prediction_type == "v_prediction" and single.fingerprint() == base.fingerprint()
+    assert torch.equal(final(single, CFG(4.0)), final(base, CFG(4.0)))
+    assert torch.equal(single.decode(noise(2)), base.decode(noise(2)))
 
 
 def test_single_files_that_cannot_be_loaded_are_explained(tmp_path: Path, folders: dict[str, Path]) -> None:
