@@ -41,7 +41,7 @@ from .tiny import HELD_OUT_SEED, REFERENCE_SEED, TRAIN_SEED, batches, encode_all
 ModelName = Literal["sd21", "sdxl"]
 
 MAX_TOKENS = 24
-"""Length of every tokenised prompt, start and end included; the longest caption has 20 tokens."""
+"""Length of every tokenised prompt, start and end included; the longest caption has 18."""
 
 TEXT_CYCLES: tuple[tuple[int, float], ...] = ((8_000, 1e-3), (8_000, 8e-4), (8_000, 6e-4))
 """(steps, peak learning rate) of the denoiser's one-cycle schedules, one after another."""
@@ -132,15 +132,15 @@ class SD21Denoiser(nn.Module):
 
     def __init__(self, tokenizer: CLIPTokenizer) -> None:
         super().__init__()
-        self.text_encoder = _new_text_encoder(CLIPTextModel, tokenizer, 96)
+        self.text_encoder = _new_text_encoder(CLIPTextModel, tokenizer, 64)
         self.unet = UNet2DConditionModel(
             sample_size=LATENT_SIZE,
             down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
             up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-            block_out_channels=(48, 96, 160),
+            block_out_channels=(32, 64, 160),
             layers_per_block=1,
             attention_head_dim=(2, 4, 8),  # numbers of heads, in spite of the name
-            cross_attention_dim=96,
+            cross_attention_dim=64,
             use_linear_projection=True,
             norm_num_groups=16,
         )
@@ -184,21 +184,21 @@ class SDXLDenoiser(nn.Module):
     def __init__(self, tokenizer: CLIPTokenizer) -> None:
         super().__init__()
         self.text_encoder = _new_text_encoder(CLIPTextModel, tokenizer, 64)
-        self.text_encoder_2 = _new_text_encoder(CLIPTextModelWithProjection, tokenizer, 96)
+        self.text_encoder_2 = _new_text_encoder(CLIPTextModelWithProjection, tokenizer, 64)
         self.unet = UNet2DConditionModel(
             sample_size=LATENT_SIZE,
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            block_out_channels=(48, 128),
+            block_out_channels=(32, 96),
             layers_per_block=1,
             transformer_layers_per_block=(1, 2),
             attention_head_dim=(2, 4),  # numbers of heads, in spite of the name
-            cross_attention_dim=64 + 96,
+            cross_attention_dim=64 + 64,
             use_linear_projection=True,
             norm_num_groups=16,
             addition_embed_type="text_time",
             addition_time_embed_dim=32,
-            projection_class_embeddings_input_dim=96 + 6 * 32,
+            projection_class_embeddings_input_dim=64 + 6 * 32,
         )
 
     def forward(self, noisy: Tensor, timesteps: Tensor, ids: Tensor, dropped: Tensor, time_ids: Tensor) -> Tensor:
@@ -402,7 +402,7 @@ def build_tiny_text(
     model: ModelName,
     output: Path,
     num_images: int = 100_000,
-    reader_steps: int = 6_000,
+    reader_steps: int = 5_000,
     vae_steps: int = 3_600,
     cycles: Sequence[tuple[int, float]] = TEXT_CYCLES,
     num_reference: int = 5_000,
@@ -480,7 +480,7 @@ def main() -> None:
     parser.add_argument("model", choices=list(_DENOISERS))
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--num-images", type=int, default=100_000)
-    parser.add_argument("--reader-steps", type=int, default=6_000)
+    parser.add_argument("--reader-steps", type=int, default=5_000)
     parser.add_argument("--vae-steps", type=int, default=3_600)
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "build" / "tiny-text", help="unfinished work")
     arguments = parser.parse_args()
