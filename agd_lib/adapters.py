@@ -41,12 +41,8 @@ class AdapterInputs:
 
     def to(self, dtype: torch.dtype) -> AdapterInputs:
         """With embeddings of another dtype; the guidance scale keeps its own (bfloat16 would round 4.01 to 4)."""
-        return AdapterInputs(
-            self.guidance_scale,
-            self.timestep_embedding.to(dtype),
-            None if self.class_embedding is None else self.class_embedding.to(dtype),
-            None if self.prompt_embeddings is None else self.prompt_embeddings.to(dtype),
-        )
+        others = {name: value for name, value in vars(self).items() if name != "guidance_scale" and value is not None}
+        return replace(self, **{name: value.to(dtype) for name, value in others.items()})
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,8 @@ from .storage import read_json, read_tensors, write_json, write_tensors, writing
 CONFIG_NAME, WEIGHTS_NAME, CARD_NAME = "config.json", "adapter_model.safetensors", "README.md"
 FORMAT_VERSION = 1
 
-_attached: weakref.WeakKeyDictionary[nn.Module, AdapterSet] = weakref.WeakKeyDictionary()
+_attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[AdapterSet]] = weakref.WeakKeyDictionary()
+"""Which adapters a denoiser carries. The denoiser's hooks keep them alive, not this."""
 
 
 @dataclass(frozen=True)
@@ -195,13 +196,14 @@ class AdapterSet(nn.Module):
             AdapterError: if the base model does not fit; the message says in what.
         """
         self.check_fit(base)
-        previous = _attached.get(base.denoiser)
+        previous = _attached[base.denoiser]() if base.denoiser in _attached else None
         if previous is self:
             return self
         if previous is not None:
             warnings.warn("this base model carried adapters already; they were removed", stacklevel=2)
             previous.remove()
         self.remove()
+        self.to(base.device)
         self._base = base
         self._handles = [base.denoiser.register_forward_pre_hook(self._before_forward, with_kwargs=True)]
         for site, parts in base.attention_sites().items():
@@ -211,7 +213,7 @@ class AdapterSet(nn.Module):
                 self._handles.append(layer.register_forward_hook(self._layer_hook(site), with_kwargs=True))
                 if isinstance(adapter, ModulatedAdapter):
                     self._handles.append(self._hook_embedding(site, parts))
-        _attached[base.denoiser] = self
+        _attached[base.denoiser] = weakref.ref(self)
         return self
 
     def remove(self) -> None:
@@ -221,6 +223,12 @@ class AdapterSet(nn.Module):
         if self._base is not None:
             _attached.pop(self._base.denoiser, None)
         self._handles, self._base, self._conditions = [], None, None
+
+    def check_attached(self, base: BaseModel) -> None:
+        """Raises :class:`AdapterError` if these adapters are not on this very base model."""
+        if self._base is None or self._base.denoiser is not base.denoiser:
+            where = "no base model" if self._base is None else f"another copy of a base model ({self._base.name})"
+            raise AdapterError(f"these adapters are on {where}, not on {base.name}: call attach(base) first")
 
     @contextmanager
     def guided_by(self, scale: Scale) -> Iterator[AdapterSet]:
@@ -311,6 +319,9 @@ class AdapterSet(nn.Module):
             for name in ("timestep_dim", "class_dim", "prompt_dim")
             if getattr(self.config, name) is not None and getattr(self.config, name) != dims[name]
         ]
+        embeddings = [parts.embedding for parts in base.attention_sites().values() if parts.embedding is not None]
+        if self.shared is not None and len(set(embeddings)) < len(embeddings):
+            wrong.append("its blocks share one embedder, so their embeddings cannot be shifted one by one")
         if self.config.kind == "modulated" and self.config.prompt_dim is None and dims["prompt_dim"] is not None:
             wrong.append("its blocks are told the condition by prompt tokens, the adapters shift an embedding")
         if base.prediction_type != self.config.prediction_type:
@@ -334,7 +345,7 @@ class AdapterSet(nn.Module):
         """One line: kind, sites, parameters, and their share of the base model's."""
         count, total = self.num_parameters(), base.num_parameters()
         return (
-            f"{self.config.kind} adapters, d = {self.config.hidden_size}, at {len(self.config.sites)} attention layers: "
+            f"{self.config.kind} adapters, d = {self.config.hidden_size}, in {len(self.config.sites)} blocks: "
             f"{count:,} parameters, {100 * count / total:.2f} % of the base model's {total:,}"
         )
 

@@ -319,7 +319,7 @@ class DiTBase(BaseModel):
 
     def num_parameters(self) -> int:
         total = sum(p.numel() for p in self.denoiser.parameters())
-        copies = len(self.pipeline.transformer.transformer_blocks) - 1
+        copies = len({block.norm1.emb for block in self.pipeline.transformer.transformer_blocks}) - 1
         return total - copies * sum(p.numel() for p in self._embedder().parameters())
 
 

@@ -6,10 +6,11 @@ never stands beside published FIDs. All distances come from clean-fid, precision
 
 from __future__ import annotations
 
+import hashlib
 import time
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,9 +24,9 @@ from .base_models import BaseModel, count_forwards
 from .errors import AGDError
 from .extractor import ShapesExtractor
 from .guidance import AGD, CFG, Guidance, Unguided
-from .results import Row
+from .results import Row, row_from_dict
 from .sampling import generate
-from .storage import read_tensors, write_tensors
+from .storage import read_json, read_tensors, write_json, write_tensors
 
 
 class EvaluationError(AGDError):
@@ -272,6 +273,7 @@ def evaluate(
     cfg_latents: Tensor | None = None,
     max_reference: int = 5_000,
     progress: bool = True,
+    keep: str | Path | None = None,
     conditions: Sequence[Any] | None = None,
 ) -> Evaluation:
     """Sample ``n`` images, conditions in turn, and measure them. Images are not kept in memory, features are.
@@ -283,12 +285,14 @@ def evaluate(
             endpoint error ratio (None where the two agree, as at scale 1).
         max_reference: reference images used for precision and recall, evenly spread (their cost grows with n times
             this).
+        keep: a folder. What is measured is kept there, and read instead of measured again while everything that it
+            depends on (weights, samples, reference, library arguments) is the same.
         conditions: class labels or prompts, taken in turn; by default every class that the model knows. Only class labels
             have an accuracy.
 
     Raises:
         ValueError: if n is too small, or a text-to-image model gets no prompts. EvaluationError: if reference and
-            extractor do not match.
+            extractor do not match, or what was kept is damaged.
     """
     if reference.extractor != extractor.name:
         raise EvaluationError(
@@ -298,8 +302,20 @@ def evaluate(
         raise ValueError(
             f"got n = {n}, expected more than {extractor.feature_dim} samples for {extractor.name}'s features"
         )
+    own_conditions = conditions is not None
     conditions = _in_turn(base, conditions, n)
     kind, adapter, scale, adapter_parameters = describe(guidance)
+    inputs: dict[str, Any] = {}
+    file = Path()
+    if keep is not None:
+        latents_given = (unguided_latents, cfg_latents)
+        inputs = _inputs(base, guidance, reference, (n, seed, num_inference_steps), max_reference, latents_given)
+        if own_conditions:
+            inputs["conditions"] = _digest(map(str, conditions))
+        file = Path(keep) / f"{adapter or kind}-{scale:g}-seed{seed}.json"
+        kept = _read_kept(file, inputs)
+        if kept is not None:
+            return kept
     label = f"{kind} {scale:g}" if adapter is None else f"{kind} {adapter} {scale:g}"
     latents, features, predicted = [], [], []
     seconds = 0.0
@@ -352,7 +368,53 @@ def evaluate(
         base_parameters=base.num_parameters(),
         adapter_parameters=adapter_parameters,
     )
+    if keep is not None:
+        file.unlink(missing_ok=True)  # first, so that it never stands beside latents of another measurement
+        write_tensors(file.with_suffix(".safetensors"), {"latents": final})
+        write_json(file, {"inputs": inputs, "row": asdict(row)})
     return Evaluation(row, final)
+
+
+def _inputs(
+    base: BaseModel,
+    guidance: Guidance,
+    reference: Reference,
+    samples: tuple[int, int, int],
+    max_reference: int,
+    latents: tuple[Tensor | None, Tensor | None],
+) -> dict[str, Any]:
+    """Everything that a measurement depends on, as JSON would give it back."""
+    kind, _, scale, _ = describe(guidance)
+    return {
+        "base": base.fingerprint(),
+        "scheduler": _digest(sorted(f"{k}={v}" for k, v in base.scheduler.config.items() if not k.startswith("_"))),
+        "guidance": [kind, scale, getattr(guidance, "guided_channels", None)],
+        "adapters": _digest(guidance.adapters.state_dict().values()) if isinstance(guidance, AGD) else None,
+        "samples": list(samples),
+        "reference": [reference.extractor, max_reference, _digest([reference.mean, reference.covariance])],
+        "latents": [None if given is None else _digest([given]) for given in latents],
+    }
+
+
+def _digest(parts: Iterable[Any]) -> str:
+    """Hex digest of texts and tensors, in order."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode() if isinstance(part, str) else torch.as_tensor(part).cpu().float().numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _read_kept(file: Path, inputs: dict[str, Any]) -> Evaluation | None:
+    """What :func:`evaluate` kept, if it was made from the same inputs."""
+    if not file.is_file():
+        return None
+    value = read_json(file, EvaluationError, "measurement")
+    if value.get("inputs") != inputs:
+        return None
+    latents = read_tensors(file.with_suffix(".safetensors"), EvaluationError, "measurement's latents").get("latents")
+    if not isinstance(value.get("row"), dict) or latents is None:
+        raise EvaluationError(f"the measurement {file} is damaged: remove it")
+    return Evaluation(row_from_dict(value["row"], str(file)), latents)
 
 
 def endpoint_mse_ratio(latents: Tensor, unguided_latents: Tensor, cfg_latents: Tensor) -> float:

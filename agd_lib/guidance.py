@@ -150,6 +150,7 @@ class AGD:
     scale: Scale
 
     def predict(self, base: BaseModel, latents: Tensor, timestep: float, condition: Condition) -> Tensor:
-        scale = scale_at(self.scale, int(timestep), len(latents), latents)
-        with self.adapters.guided_by(scale):
+        self.adapters.check_attached(base)
+        like = torch.empty(0, device=latents.device)  # float32, whatever the model's dtype: bfloat16 rounds 4.01 to 4
+        with self.adapters.guided_by(scale_at(self.scale, int(timestep), len(latents), like)):
             return base.denoise(latents, timestep, condition)

@@ -2,7 +2,7 @@
 
 The squared error of Algorithm 2 counts every recorded state alike. But an error at one noise level is forgotten by the
 steps that follow, and at another is carried to the end. :func:`endpoint_influence` measures which is which, once for a
-store; :func:`agd_lib.training.state_weights` turns it into weights.
+store; :class:`agd_lib.training.InfluenceOrder` draws states by it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from .base_models import BaseModel
 from .errors import StoreError
 from .guidance import CFG
-from .sampling import sample, sample_seed
+from .sampling import endpoint, sample, sample_seed
 from .storage import read_tensors, write_tensors
 from .trajectories import TrajectoryStore
 
@@ -52,13 +52,12 @@ def endpoint_influence(
 
     def endpoints(low: float, high: float) -> Tensor:
         """Final latents (num_samples, C, H, W) with guidance everywhere but in [low, high)."""
-        guidance = CFG(lambda timestep: 1.0 if low <= timestep < high else scale)
+        guidance = CFG(lambda timestep: 1.0 if low <= timestep < high else scale, store.manifest["guided_channels"])
         latents = []
         for indices in torch.arange(num_samples).split(batch_size):
             condition = {name: value[indices % known].to(base.device) for name, value in conditions.items()}
             seeds = [sample_seed(seed, int(i)) for i in indices]
-            *_, last = sample(base, condition, guidance, num_inference_steps, seeds=seeds)
-            latents.append(last.next_latents.float())
+            latents.append(endpoint(sample(base, condition, guidance, num_inference_steps, seeds=seeds)).float())
         return torch.cat(latents)
 
     guided = endpoints(0, 0)
@@ -71,11 +70,22 @@ def influence_of(base: BaseModel, store: TrajectoryStore) -> Tensor:
 
     Raises:
         StoreError: if the file that keeps it is damaged. WriteError: if it cannot be written.
+        ValueError: if it has yet to be measured and the base model is not in float32, which is what a teacher needs.
     """
     path = store.folder / INFLUENCE
     if not path.is_file():
+        if base.dtype != torch.float32:
+            raise ValueError(
+                f"the influence of the store {store.folder} has yet to be measured, and the base model is in {base.dtype}: "
+                "the teacher is measured in float32; call agd_lib.influence.influence_of with a float32 base once"
+            )
         write_tensors(path, {"influence": endpoint_influence(base, store)})
     influence = read_tensors(path, StoreError, "store's influence").get("influence")
-    if influence is None or influence.ndim != 1 or not bool(torch.isfinite(influence).all() & (influence >= 0).all()):
+    if (
+        influence is None
+        or influence.ndim != 1
+        or len(influence) == 0
+        or not bool(torch.isfinite(influence).all() & (influence >= 0).all())
+    ):
         raise StoreError(f"{path} does not hold one finite number >= 0 for each range of timesteps: remove it")
     return influence

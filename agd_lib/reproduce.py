@@ -13,7 +13,8 @@ A run is a folder, ``runs/<profile>``::
 
 A notebook counts as finished when its executed copy is there, whole, with a note of the inputs it was made from: its
 own cells, its parameters, the library's source, the shipped data, and the inputs of the notebooks that it needs. Run
-again, finished notebooks are skipped while those are unchanged, and an interrupted one goes on from what it had stored.
+again, finished notebooks are skipped while those are unchanged, and an interrupted one goes on from what it had stored
+(02 from its shards, 03 from its checkpoints, 06 from its measurements).
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ LANES: dict[str, tuple[Notebook, ...]] = {
             needs=("02_collect_trajectories",),
             makes=("held-out-trajectories", "checkpoints", "adapters", "training.json"),
         ),
-        Notebook("06_evaluate_fid", needs=("03_train_dit_adapters",), makes=("results.json",)),
+        Notebook("06_evaluate_fid", needs=("03_train_dit_adapters",), makes=("results.json", "measurements")),
     ),
 }
 """The notebooks that serve each kind of base model, in the order in which they run."""
@@ -462,7 +463,7 @@ def reproduce(
         inputs[notebook.name] = notebook_inputs(path, parameters, base, needed)
         label = f"[{number}/{len(chosen)}] {notebook.name}"
         again = force and _wanted(notebook.name, only)
-        outcomes.append(_run_or_skip(notebook, path, run, parameters, inputs[notebook.name], label, again))
+        outcomes.append(_run_or_skip(notebook, lane, path, run, parameters, inputs[notebook.name], label, again))
         _write_run(run, profile, lane, given, command)
     return outcomes
 
@@ -522,6 +523,7 @@ def _announce(profile: Profile, run: Path, count: int) -> None:
 
 def _run_or_skip(
     notebook: Notebook,
+    lane: Sequence[Notebook],
     path: Path,
     run: Path,
     parameters: dict[str, Any],
@@ -541,6 +543,7 @@ def _run_or_skip(
         _say(f"{label}: from the beginning" + (f", because this changed: {', '.join(changed)}" if changed else ""))
         for name in notebook.makes:
             _remove(run / name)
+        _forget_what_needs(notebook.name, lane, run)
     elif before is not None and note is None:
         _say(f"{label}: was interrupted, goes on from what it had stored")
     finished.unlink(missing_ok=True)
@@ -556,6 +559,16 @@ def _run_or_skip(
     partial.unlink()
     _say(f"{label}: done in {format_seconds(seconds)}")
     return Outcome(notebook.name, seconds, memory, ran=True)
+
+
+def _forget_what_needs(name: str, lane: Sequence[Notebook], run: Path) -> None:
+    """Remove the results of notebooks that were made from older results of this one: they would stand beside newer ones."""
+    for notebook in lane:
+        if name in notebook.needs:
+            for made in notebook.makes:
+                _remove(run / made)
+            (run / "notebooks" / f"{notebook.name}.ipynb").unlink(missing_ok=True)
+            _forget_what_needs(notebook.name, lane, run)
 
 
 def _remove(path: Path) -> None:

@@ -2,7 +2,7 @@
 
     for step in sample(base, base.encode([3, 7]), CFG(4.0), num_inference_steps=20, seeds=[0, 1]):
         ...                                   # watch step.latents, step.prediction
-    images = base.decode(step.next_latents)
+    images = base.decode(step.next_latents)   # or endpoint(sample(...)), to see the end alone
 
 What differs between unguided sampling, classifier-free guidance and AGD is the ``guidance`` argument alone.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -109,6 +110,12 @@ def sample(
         latents = next_latents
 
 
+def endpoint(steps: Iterator[SamplerStep]) -> Tensor:
+    """The final latents of :func:`sample`, (B, C, H, W), without keeping the steps before."""
+    (last,) = deque(steps, maxlen=1)
+    return last.next_latents
+
+
 def generate(
     base: BaseModel,
     conditions: Sequence[object],
@@ -132,5 +139,4 @@ def generate(
         chunk = conditions[start : start + batch_size]
         condition = base.encode(chunk)
         seeds = [sample_seed(seed, start + i) for i in range(len(chunk))]
-        *_, last = sample(base, condition, guidance, num_inference_steps, seeds=seeds)
-        yield last.next_latents
+        yield endpoint(sample(base, condition, guidance, num_inference_steps, seeds=seeds))

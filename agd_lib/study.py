@@ -11,6 +11,7 @@ three seeds, and writes one row for each. What is finished is kept below ``--run
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import shlex
@@ -19,9 +20,10 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -29,13 +31,18 @@ from tqdm.auto import tqdm
 from .attach import AdapterSet, default_card
 from .base_models import load_base
 from .errors import AGDError
-from .evaluation import default_extractor, evaluate, load_reference
+from .evaluation import Evaluation, default_extractor, evaluate, load_reference
 from .guidance import AGD, CFG, Guidance, Unguided
+from .influence import influence_of
 from .project import DATA, ROOT, display_path
 from .results import Row, markdown_table, row_from_dict, summarise
-from .storage import read_json, read_tensors, write_json, write_tensors
+from .storage import read_json, write_json
 from .training import TrainingSettings, train
 from .trajectories import CollectionPlan, TrajectoryStore, collect
+
+
+class StudyError(AGDError):
+    """A study's folder holds what was made in another way."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +54,9 @@ class Recipe:
 
 
 RECIPES: dict[str, Recipe] = {
-    "offset": Recipe(24, TrainingSettings(4_000, 64, 2e-3, weighting="endpoint")),
-    "cross-attention": Recipe(20, TrainingSettings(4_000, 64, 2e-3, weighting="endpoint")),
-    "modulated": Recipe(29, TrainingSettings(4_000, 64, 2e-3, weighting="endpoint")),
+    "offset": Recipe(24, TrainingSettings(3_500, 64, 2e-3, weighting="endpoint")),
+    "cross-attention": Recipe(20, TrainingSettings(3_500, 64, 2e-3, weighting="endpoint")),
+    "modulated": Recipe(29, TrainingSettings(3_500, 64, 2e-3, weighting="endpoint")),
 }
 """Sizes of at most 5 % of tiny-dit's parameters. The paper's learning rate is 1e-4: small models bear a higher one."""
 
@@ -65,89 +72,86 @@ class Unit:
     scale: float
     seed: int
 
-    @property
-    def name(self) -> str:
-        """File name of its row."""
-        return f"{self.kind}-{self.scale:g}-seed{self.seed}"
-
 
 def train_unit(base_name: str, run: Path, kind: str, seed: int) -> None:
-    """Train one kind of adapter from one seed on the run's trajectories, unless that is done."""
+    """Train one kind of adapter from one seed on the run's trajectories, unless that is done.
+
+    Raises:
+        StudyError: if adapters are there that were made in another way.
+    """
     folder = run / "adapters" / f"{kind}-seed{seed}"
-    if folder.exists():
+    base, store, recipe = load_base(base_name), TrajectoryStore(run / "trajectories"), RECIPES[kind]
+    inputs = {
+        "base": base.fingerprint(),
+        "hidden_size": recipe.hidden_size,
+        "settings": asdict(recipe.settings),
+        "shards": [shard["sha256"] for shard in store.manifest["shards"]],
+    }
+    note = folder.with_name(f"{folder.name}.json")
+    if folder.exists() and note.is_file():
+        if read_json(note, StudyError, "training note") != inputs:
+            raise StudyError(
+                f"{folder} was trained from another base model, store or recipe: remove {folder.parent} or choose another --run"
+            )
         return
     torch.set_num_threads(1)
-    base, store, recipe = load_base(base_name), TrajectoryStore(run / "trajectories"), RECIPES[kind]
     adapters = AdapterSet.create(base, kind, recipe.hidden_size, tuple(store.manifest["guidance_range"]), seed=seed)
-    settings = TrainingSettings(**{**asdict(recipe.settings), "seed": seed})
+    settings = replace(recipe.settings, seed=seed)
     states = train(base, adapters, store, settings, run / "checkpoints" / f"{kind}-seed{seed}")
     for _ in tqdm(states, total=settings.num_steps, desc=f"train {kind} {seed}", mininterval=20):
         pass
     adapters.save_pretrained(folder)
+    write_json(note, inputs)
 
 
-def measure_unit(base_name: str, run: Path, unit: Unit, n: int, num_inference_steps: int) -> None:
-    """Sample and measure one unit, unless that is done; final latents of unguided and CFG sampling are kept."""
-    path = run / "rows" / f"{unit.name}.json"
-    if path.exists():
-        return
+def measure_unit(base_name: str, run: Path, unit: Unit, n: int, num_inference_steps: int) -> Row:
+    """Sample and measure one unit; what was measured before is read."""
     torch.set_num_threads(1)
     base = load_base(base_name)
     extractor, reference_path = default_extractor(base, DATA)
     assert reference_path is not None
-    reference = load_reference(reference_path, extractor)
-    unguided, cfg = (
-        _latents(run, Unit(kind, scale, unit.seed)) for kind, scale in (("unguided", 1.0), ("cfg", unit.scale))
-    )
-    guidance: Guidance = Unguided()
+
+    def measure(guidance: Guidance, unguided: Evaluation | None = None, cfg: Evaluation | None = None) -> Evaluation:
+        return evaluate(
+            base,
+            guidance,
+            load_reference(reference_path, extractor),
+            extractor,
+            n,
+            unit.seed,
+            num_inference_steps,
+            unguided_latents=unguided.latents if unguided else None,
+            cfg_latents=cfg.latents if cfg else None,
+            progress=False,
+            keep=run / "rows",
+        )
+
+    unguided = measure(Unguided())
+    if unit.kind == "unguided":
+        return unguided.row
+    cfg = measure(CFG(unit.scale))
     if unit.kind == "cfg":
-        guidance = CFG(unit.scale)
-    elif unit.kind != "unguided":
-        adapters = AdapterSet.from_pretrained(run / "adapters" / f"{unit.kind}-seed{unit.seed}").attach(base)
-        guidance = AGD(adapters, unit.scale)
-    result = evaluate(
-        base,
-        guidance,
-        reference,
-        extractor,
-        n,
-        unit.seed,
-        num_inference_steps,
-        unguided_latents=unguided if unit.kind not in ("unguided", "cfg") else None,
-        cfg_latents=cfg,
-        progress=False,
-    )
-    if unit.kind in ("unguided", "cfg"):
-        write_tensors(run / "latents" / f"{unit.name}.safetensors", {"latents": result.latents})
-    write_json(path, asdict(result.row))
+        return cfg.row
+    adapters = AdapterSet.from_pretrained(run / "adapters" / f"{unit.kind}-seed{unit.seed}").attach(base)
+    return measure(AGD(adapters, unit.scale), unguided, cfg).row
 
 
-def _latents(run: Path, unit: Unit) -> torch.Tensor | None:
-    path = run / "latents" / f"{unit.name}.safetensors"
-    return read_tensors(path, AGDError, "latents")["latents"] if path.exists() else None
-
-
-def _in_parallel(workers: int, label: str, function: Callable[..., None], calls: Iterable[tuple[object, ...]]) -> None:
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+def _in_parallel(
+    workers: int, label: str, function: Callable[..., Any], calls: Sequence[tuple[object, ...]]
+) -> list[Any]:
+    """The results of the calls, in order; at the first error the calls that have not begun are given up."""
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    try:
         jobs = [pool.submit(function, *call) for call in calls]
-        for job in tqdm(jobs, desc=label):
-            job.result()
-
-
-def read_rows(run: Path) -> list[Row]:
-    """The rows that are finished, unguided first, then by method and scale."""
-    rows = [
-        row_from_dict(read_json(path, AGDError, "row"), str(path)) for path in sorted((run / "rows").glob("*.json"))
-    ]
-    order = {"unguided": 0, "cfg": 1, "agd": 2}
-    return sorted(
-        rows, key=lambda row: (order[row.guidance], list(RECIPES).index(row.adapter or "offset"), row.scale, row.seed)
-    )
+        return [job.result() for job in tqdm(jobs, desc=label)]
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def write_study(path: Path, rows: Sequence[Row], command: str, seconds: float) -> None:
     """Write rows with where they come from: command, commit, machine, time."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=False)
     write_json(
         path,
         {
@@ -166,16 +170,16 @@ def read_study(path: Path) -> list[Row]:
     return [row_from_dict(row, f"{path}, row {number}") for number, row in enumerate(value["rows"])]
 
 
-def ship(run: Path, rows: Sequence[Row], base_name: str, kinds: Sequence[str], folder: Path, results: Path) -> None:
-    """Copy the adapters of the first seed to ``folder``, each with a model card that shows its results."""
+def ship(run: Path, rows: Sequence[Row], kinds: Sequence[str], seed: int, folder: Path, results: Path) -> None:
+    """Copy the adapters of one seed to ``folder``, each with a model card that shows its results."""
     for kind in kinds:
-        adapters = AdapterSet.from_pretrained(run / "adapters" / f"{kind}-seed{SEEDS[0]}")
+        adapters = AdapterSet.from_pretrained(run / "adapters" / f"{kind}-seed{seed}")
         mine = [row for row in rows if row.guidance != "agd" or row.adapter == kind]
         seeds = sorted({row.seed for row in mine})
         card = (
             default_card(adapters.config)
             + f"\n## Results\n\nMean ± standard deviation over {len(seeds)} seeds (of training and of noise; the shipped "
-            f"adapters are those of seed {seeds[0]}). FD is a Frechet distance in the features of the shapes extractor, "
+            f"adapters are those of seed {seed}). FD is a Frechet distance in the features of the shapes extractor, "
             f"not an FID. Source: `{display_path(results)}`.\n\n{markdown_table(mine)}\n"
         )
         adapters.save_pretrained(folder / kind, card)
@@ -198,9 +202,12 @@ def main() -> None:
     arguments = parser.parse_args()
     start = time.perf_counter()
     run, common = arguments.run, (arguments.n, arguments.steps)
-    teachers = [Unit("unguided", 1.0, seed) for seed in arguments.seeds]
-    teachers += [Unit("cfg", scale, seed) for scale in arguments.scales for seed in arguments.seeds]
-    _in_parallel(arguments.workers, "CFG", measure_unit, [(arguments.base, run, unit, *common) for unit in teachers])
+
+    def measured(label: str, units: Iterable[Unit]) -> list[Row]:
+        return _in_parallel(arguments.workers, label, measure_unit, [(arguments.base, run, u, *common) for u in units])
+
+    rows = measured("unguided", [Unit("unguided", 1.0, seed) for seed in arguments.seeds])
+    rows += measured("CFG", [Unit("cfg", scale, seed) for scale in arguments.scales for seed in arguments.seeds])
     if not arguments.gate:
         base = load_base(arguments.base)
         plan = CollectionPlan(
@@ -210,23 +217,15 @@ def main() -> None:
             steps_per_trajectory=max(1, arguments.steps // 2),
             trajectories_per_shard=1_000,
         )
-        collect(base, plan, run / "trajectories")
+        influence_of(base, collect(base, plan, run / "trajectories"))  # once, before two workers want it
         trainings = [(arguments.base, run, kind, seed) for seed in arguments.seeds for kind in arguments.kinds]
         _in_parallel(arguments.workers, "train", train_unit, trainings)
-        students = [
-            Unit(kind, scale, seed)
-            for kind in arguments.kinds
-            for scale in arguments.scales
-            for seed in arguments.seeds
-        ]
-        _in_parallel(
-            arguments.workers, "AGD", measure_unit, [(arguments.base, run, unit, *common) for unit in students]
-        )
-    rows = read_rows(run)
+        students = itertools.product(arguments.kinds, arguments.scales, arguments.seeds)
+        rows += measured("AGD", itertools.starmap(Unit, students))
     command = "python -m agd_lib.study " + shlex.join(sys.argv[1:])
     write_study(arguments.results, rows, command, time.perf_counter() - start)
     if arguments.ship:
-        ship(run, rows, arguments.base, arguments.kinds, arguments.ship, arguments.results.resolve())
+        ship(run, rows, arguments.kinds, arguments.seeds[0], arguments.ship, arguments.results.resolve())
     print(markdown_table(rows))
     print(json.dumps({"measurements": len(rows), "settings": len(summarise(rows))}))
 

@@ -10,6 +10,7 @@ one process) every process takes its share of each batch.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -27,6 +28,7 @@ from .attach import AdapterSet
 from .base_models import BaseModel, Condition
 from .errors import CheckpointError, StoreError
 from .influence import influence_of
+from .sampling import sample_seed
 from .storage import read_json, read_tensors, sha256, write_json, write_tensors, writing
 from .trajectories import TrajectoryStore
 
@@ -39,8 +41,9 @@ class TrainingSettings:
         num_steps: gradient steps.
         batch_size: recorded states per step, over all processes.
         learning_rate: peak, reached after ``warmup`` (a share of the steps) linearly, then cosine annealing to zero.
-        weighting: ``"none"`` is the paper's plain squared error; ``"timestep"`` and ``"endpoint"`` weight each state's
-            error by its noise level (see :func:`state_weights`).
+        weighting: ``"none"`` is the paper's plain squared error of states drawn uniformly; ``"timestep"`` weights each
+            state's error by its noise level (see :func:`timestep_weights`); ``"endpoint"`` also draws states from every
+            noise level as often as guidance there moves the final image (see :mod:`agd_lib.influence`).
         seed: of the order in which states are drawn.
     """
 
@@ -104,24 +107,15 @@ class Student(nn.Module):
             return self.base.denoise(latents.to(self.base.dtype), timestep, condition).float()
 
 
-def state_weights(store: TrajectoryStore, influence: Tensor | None = None, num_bins: int = 20) -> Tensor:
-    """Weights over timesteps: influence(t) / E[signal | t], with mean 1 over the store.
+def timestep_weights(store: TrajectoryStore, num_bins: int = 20) -> Tensor:
+    """Weights that make every noise level count alike: 1 / E[signal | t], with mean 1 over the store.
 
-    The plain squared error is dominated by low noise, where guidance changes the prediction most in absolute terms,
-    while the composition is decided at high noise. Divided by the signal (the mean square of what guidance adds), every
-    noise level counts alike (weighting ``"timestep"``). Times its influence on the endpoint
-    (:func:`agd_lib.influence.endpoint_influence`), every noise level counts for as much as it moves the final image
-    (weighting ``"endpoint"``).
-
-    Args:
-        influence: (number of ranges,), not negative, from the cleanest equal range of timesteps to the noisiest; None:
-            the same everywhere.
+    The plain squared error is dominated by low noise, where guidance changes the prediction most in absolute terms. By
+    these weights every noise level is asked for the same accuracy relative to its signal, the mean square of what
+    guidance adds.
 
     Returns:
-        (num_train_timesteps,) float32.
-
-    Raises:
-        ValueError: if the influence is zero wherever the store has states.
+        (num_train_timesteps,) float32, constant over ``num_bins`` equal ranges of timesteps.
     """
     total = int(store.manifest["num_train_timesteps"])
     timesteps, signal = store.column("timestep"), store.column("signal").double()
@@ -129,17 +123,14 @@ def state_weights(store: TrajectoryStore, influence: Tensor | None = None, num_b
     sums = torch.zeros(num_bins, dtype=torch.float64).index_add(0, bins, signal)
     counts = torch.zeros(num_bins, dtype=torch.float64).index_add(0, bins, torch.ones_like(signal))
     mean = torch.where(counts > 0, sums / counts.clamp(min=1), signal.mean())
-    every = torch.arange(total)
-    weights = (1 / mean.clamp(min=max(1e-3 * float(signal.mean()), 1e-12)))[every * num_bins // total]
-    if influence is not None:
-        weights = weights * influence.double()[every * len(influence) // total]
-    mean_weight = weights[timesteps].mean()
-    if not mean_weight > 0:
-        raise ValueError(
-            "guidance moves the endpoint nowhere along the store's trajectories (is its guidance range [1, 1]?): there is "
-            "nothing to weight by; use weighting 'timestep' or 'none'"
-        )
-    return (weights / mean_weight).float()
+    weights = 1 / mean.clamp(min=max(1e-3 * float(signal.mean()), 1e-12))
+    weights = weights / weights[bins].mean()
+    return weights[torch.arange(total) * num_bins // total].float()
+
+
+@functools.lru_cache(maxsize=2)
+def _shuffled(num_states: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(num_states, generator=torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63))
 
 
 def batch_indices(num_states: int, batch_size: int, step: int, seed: int) -> Tensor:
@@ -153,11 +144,43 @@ def batch_indices(num_states: int, batch_size: int, step: int, seed: int) -> Ten
     pieces, position, wanted = [], step * batch_size, batch_size
     while wanted > 0:
         epoch, offset = divmod(position, num_states)
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-        piece = torch.randperm(num_states, generator=generator)[offset : offset + wanted]
+        piece = _shuffled(num_states, seed, epoch)[offset : offset + wanted]
         pieces.append(piece)
         position, wanted = position + len(piece), wanted - len(piece)
     return torch.cat(pieces)
+
+
+class InfluenceOrder:
+    """Draws states with the odds of their range of timesteps: a range is as likely as guidance there moves the endpoint.
+
+    Like :func:`batch_indices`, a function of (step, seed) alone. Within a range all states are equally likely. No range
+    with states is left out altogether: each has at least ``floor`` of the mean odds.
+
+    Args:
+        influence: (number of ranges,), not negative, of equal ranges of timesteps from the cleanest to the noisiest.
+
+    Raises:
+        ValueError: if the influence is zero wherever the store has states.
+    """
+
+    def __init__(self, store: TrajectoryStore, influence: Tensor, floor: float = 0.05) -> None:
+        ranges = store.column("timestep") * len(influence) // int(store.manifest["num_train_timesteps"])
+        self.members = [(ranges == number).nonzero().flatten() for number in range(len(influence))]
+        occupied = torch.tensor([len(members) > 0 for members in self.members])
+        odds = torch.where(occupied, influence.double(), 0.0)
+        if not odds.sum() > 0:
+            raise ValueError(
+                "guidance moves the endpoint nowhere along the store's trajectories (is its guidance range [1, 1]?): "
+                "there is nothing to draw by; use weighting 'timestep' or 'none'"
+            )
+        self.odds = torch.where(occupied, odds.clamp(min=floor * float(odds.sum()) / len(odds)), 0.0)
+
+    def batch_indices(self, batch_size: int, step: int, seed: int) -> Tensor:
+        """(batch_size,) int64."""
+        generator = torch.Generator().manual_seed(sample_seed(seed, step))
+        ranges = torch.multinomial(self.odds, batch_size, replacement=True, generator=generator).tolist()
+        places = torch.rand(batch_size, generator=generator, dtype=torch.float64).tolist()
+        return torch.stack([self.members[k][int(place * len(self.members[k]))] for k, place in zip(ranges, places)])
 
 
 def train(
@@ -208,18 +231,22 @@ def train(
             f"{checkpoint_every} steps, expected a multiple of the number of processes, and at least 1"
         )
     optimizer = torch.optim.Adam(adapters.parameters(), lr=settings.learning_rate)
-    weights = None
-    if settings.weighting != "none":
+    influence = None
+    if settings.weighting == "endpoint":
         with accelerator.main_process_first():
-            influence = influence_of(base, store) if settings.weighting == "endpoint" else None
-        weights = state_weights(store, influence).to(base.device)
-    identity = _identity(settings, store, adapters)
+            influence = influence_of(base, store)
+    order = None if influence is None else InfluenceOrder(store, influence)
+    identity = _identity(settings, store, adapters, influence)
     folder = Path(checkpoints) if checkpoints else None
     student, optimizer = accelerator.prepare(Student(base, adapters), optimizer)
+    weights = None if settings.weighting == "none" else timestep_weights(store).to(base.device)
     base.denoiser.eval()
     start = _resume(folder, adapters, optimizer, identity) if folder else 0
     for step in range(start, settings.num_steps):
-        indices = batch_indices(len(store), settings.batch_size, step, settings.seed)
+        if order is None:
+            indices = batch_indices(len(store), settings.batch_size, step, settings.seed)
+        else:
+            indices = order.batch_indices(settings.batch_size, step, settings.seed)
         share = indices[accelerator.process_index :: accelerator.num_processes]
         batch = store.batch(share).to(base.device)
         prediction = student(batch.latents, batch.timestep, batch.condition, batch.guidance_scale)
@@ -296,7 +323,9 @@ class TrainingLog:
 _FILES = ("adapters.safetensors", "optimizer.safetensors")
 
 
-def _identity(settings: TrainingSettings, store: TrajectoryStore, adapters: AdapterSet) -> dict[str, Any]:
+def _identity(
+    settings: TrainingSettings, store: TrajectoryStore, adapters: AdapterSet, influence: Tensor | None
+) -> dict[str, Any]:
     """What a checkpoint must agree in for a run to go on from it, as JSON would give it back."""
     run = {f"settings.{name}": value for name, value in asdict(settings).items()}
     run |= {
@@ -304,6 +333,7 @@ def _identity(settings: TrainingSettings, store: TrajectoryStore, adapters: Adap
         for name, value in asdict(adapters.config).items()
         if name not in ("base_name", "base_revision", "library_version")
     }
+    run["influence"] = None if influence is None else influence.tolist()
     return json.loads(json.dumps(run | {"store": [shard["sha256"] for shard in store.manifest["shards"]]}))
 
 

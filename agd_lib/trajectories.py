@@ -217,13 +217,11 @@ def collect(
         indices = range(first, min(first + plan.trajectories_per_shard, plan.num_trajectories))
         starts = range(0, len(indices), batch_size)
         label = f"collect {shard + 1}/{plan.num_shards}"
-        batches = [
-            collect_batch(base, plan, indices[start : start + batch_size])
-            for start in tqdm(starts, desc=label, disable=not progress)
-        ]
-        rows = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
-        for name in ("latents", "target"):
-            rows[name] = rows[name].to(_DTYPES[plan.dtype])
+        batches = []
+        for start in tqdm(starts, desc=label, disable=not progress):
+            batch = collect_batch(base, plan, indices[start : start + batch_size])
+            batches.append(batch | {name: batch[name].to(_DTYPES[plan.dtype]) for name in ("latents", "target")})
+        rows = {name: torch.cat([batch.pop(name) for batch in batches]) for name in list(batches[0])}
         _check_finite(rows, indices)
         path = folder / f"shard-{shard:05d}.safetensors"
         write_tensors(path, rows)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import pickle
 import re
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -608,3 +610,46 @@ def test_a_place_that_cannot_hold_a_folder_is_named(dit_base: DiTBase, tmp_path:
     with pytest.raises(WriteError, match=r"could not write .*file/adapters"):
         new(dit_base).save_pretrained(tmp_path / "file" / "adapters")
     assert listing(tmp_path) == {"file": b"keep me"}
+
+
+# On the right base model --------------------------------------------------------------------------------------------
+
+
+def test_agd_on_another_copy_of_the_base_is_refused(dit_folder: Path, dit_base: DiTBase) -> None:
+    """It would run, unguided, and look like AGD."""
+    adapters, other = new(dit_base).attach(dit_base), load_base(dit_folder)
+    with pytest.raises(AdapterError, match=r"on another copy of a base model .* call attach\(base\) first"):
+        next(sample(other, other.encode([1]), AGD(adapters, 4.0), 2, seeds=[0]))
+    adapters.remove()
+    with pytest.raises(AdapterError, match="on no base model"):
+        next(sample(dit_base, dit_base.encode([1]), AGD(adapters, 4.0), 2, seeds=[0]))
+
+
+def test_a_base_with_adapters_on_can_be_freed(dit_folder: Path) -> None:
+    base = load_base(dit_folder)
+    denoiser = weakref.ref(base.denoiser)
+    new(base).attach(base)
+    del base
+    gc.collect()
+    assert denoiser() is None
+
+
+def test_the_scale_is_not_rounded_to_the_models_dtype(dit_folder: Path) -> None:
+    base = load_base(dit_folder, dtype=torch.bfloat16)
+    adapters, seen = new(base, "modulated").attach(base), []
+    original = base.adapter_inputs
+    base.adapter_inputs = lambda *args: seen.append(args[2]) or original(*args)  # type: ignore[method-assign]
+    next(sample(base, base.encode([1]), AGD(adapters, 4.01), 2, seeds=[0]))
+    assert seen[0].dtype == torch.float32 and seen[0].item() == pytest.approx(4.01, rel=1e-6)
+
+
+def test_blocks_that_share_an_embedder_cannot_be_shifted_one_by_one(dit_folder: Path) -> None:
+    base = load_base(dit_folder)
+    parameters = base.num_parameters()
+    blocks = base.denoiser.transformer_blocks
+    for block in blocks:
+        block.norm1.emb = blocks[0].norm1.emb
+    assert base.num_parameters() == parameters
+    with pytest.raises(AdapterError, match="share one embedder"):
+        new(base, "modulated").attach(base)
+    new(base, "offset").attach(base).remove()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
 from agd_lib.attach import AdapterSet
-from agd_lib.base_models import DiTBase
+from agd_lib.base_models import DiTBase, count_forwards
 from agd_lib.errors import AGDError
 from agd_lib.evaluation import (
     EvaluationError,
@@ -248,6 +248,52 @@ def test_too_few_samples_and_another_extractor_are_refused(dit_base: DiTBase, re
         measure(dit_base, Unguided(), reference, n=6)
     with pytest.raises(EvaluationError, match=r"made with inception.* measured with mean-colours"):
         measure(dit_base, Unguided(), replace(reference, extractor="inception-v3-clean"))
+
+
+def test_what_was_measured_is_kept_and_read_while_nothing_changed(
+    dit_base: DiTBase, reference: Reference, tmp_path: Path
+) -> None:
+    adapters = AdapterSet.create(dit_base, "modulated", hidden_size=8).attach(dit_base)
+    both = {"unguided_latents": measure(dit_base, Unguided(), reference).latents}
+    both["cfg_latents"] = measure(dit_base, CFG(3.0), reference).latents
+
+    def passes(guidance: Any, **options: Any) -> int:
+        with count_forwards(dit_base) as meter:
+            result = measure(dit_base, guidance, reference, keep=tmp_path, **options)
+        fresh = measure(dit_base, guidance, reference, **options)
+        assert replace(result.row, seconds_per_image=0.0) == replace(fresh.row, seconds_per_image=0.0)
+        assert torch.equal(result.latents, fresh.latents)
+        return meter.samples
+
+    assert [passes(CFG(3.0)), passes(CFG(3.0))] == [8 * N, 0]
+    assert [passes(CFG(2.0)), passes(CFG(3.0))] == [8 * N, 0]  # each has a place of its own
+    assert [passes(CFG(3.0), n=N + 1), passes(CFG(3.0))] == [8 * (N + 1), 8 * N]
+    assert passes(CFG(3.0, guided_channels=3)) == 8 * N
+    assert [passes(AGD(adapters, 3.0), **both), passes(AGD(adapters, 3.0), **both)] == [4 * N, 0]
+    assert passes(AGD(adapters, 3.0)) == 4 * N  # compared with nothing: another measurement
+    with torch.no_grad():
+        next(adapters.parameters()).add_(0.01)
+    assert passes(AGD(adapters, 3.0)) == 4 * N
+    assert passes(AGD(adapters, 3.0), num_inference_steps=3) == 3 * N
+
+
+def test_a_measurement_that_was_cut_off_is_made_again_and_a_damaged_one_is_named(
+    dit_base: DiTBase, reference: Reference, tmp_path: Path
+) -> None:
+    whole = measure(dit_base, CFG(3.0), reference, keep=tmp_path)
+    note, latents = tmp_path / "cfg-3-seed0.json", tmp_path / "cfg-3-seed0.safetensors"
+    kept = note.read_text()
+    note.unlink()  # the latents are written first
+    assert torch.equal(measure(dit_base, CFG(3.0), reference, keep=tmp_path).latents, whole.latents)
+    assert {path.name for path in tmp_path.iterdir()} == {note.name, latents.name}
+    for damaged in (kept.replace('"row"', '"wor"'), kept.replace('"fd"', '"df"'), kept[:-20]):
+        note.write_text(damaged)
+        with pytest.raises(AGDError, match="cfg-3-seed0"):
+            measure(dit_base, CFG(3.0), reference, keep=tmp_path)
+    note.write_text(kept)
+    latents.write_bytes(latents.read_bytes()[:-10])
+    with pytest.raises(EvaluationError, match="cfg-3-seed0"):
+        measure(dit_base, CFG(3.0), reference, keep=tmp_path)
 
 
 def test_guidances_without_one_scale_have_no_row(dit_base: DiTBase) -> None:

@@ -116,6 +116,10 @@ def test_only_runs_what_is_needed_and_force_repeats(tmp_path: Path, notebooks: P
     assert [(outcome.name, outcome.ran) for outcome in outcomes] == [("01_first", False), ("02_second", True)]
     outcomes = reproduce(profile(), LANE, root, notebooks, only=["02"], force=True)
     assert [outcome.ran for outcome in outcomes] == [False, True]
+    executed = root / "toy" / "notebooks" / "02_second.ipynb"
+    assert executed.is_file()
+    reproduce(profile(), LANE, root, notebooks, only=["01"], force=True)
+    assert not executed.is_file()  # it was made from older results of the first
     with pytest.raises(ReproduceError, match="got 9, expected the beginning of one of: 01_first, 02_second"):
         reproduce(profile(), LANE, root, notebooks, only=["9"])
 

@@ -21,15 +21,17 @@ from safetensors.torch import load_file, save_file
 from agd_lib.attach import AdapterSet
 from agd_lib.base_models import DiTBase, count_forwards, load_base
 from agd_lib.errors import CheckpointError, StoreError
-from agd_lib.influence import influence_of
+from agd_lib.influence import INFLUENCE, influence_of
+from agd_lib.storage import write_tensors
 from agd_lib.training import (
+    InfluenceOrder,
     Student,
     TrainingLog,
     TrainingSettings,
     TrainingState,
     batch_indices,
     state_errors,
-    state_weights,
+    timestep_weights,
     train,
 )
 from agd_lib.trajectories import CollectionPlan, TrajectoryStore, collect, collect_batch
@@ -142,7 +144,7 @@ def test_the_first_loss_is_that_of_a_hand_computation(dit_base: DiTBase, store: 
 
 def test_the_weighted_loss_is_the_weighted_mean(dit_base: DiTBase, store: TrajectoryStore) -> None:
     settings = TrainingSettings(num_steps=3, batch_size=16, weighting="timestep")
-    weights = state_weights(store)
+    weights = timestep_weights(store)
     for state in train(dit_base, some_adapters(dit_base), store, settings):
         assert math.isclose(state.loss, float((weights[state.timestep] * state.squared_error).mean()), rel_tol=1e-5)
         assert not math.isclose(state.loss, float(state.squared_error.mean()), rel_tol=1e-2)
@@ -257,7 +259,7 @@ class FakeStore:
 
 
 def weights_of(timestep: torch.Tensor, signal: torch.Tensor, num_bins: int = 20, total: int = 1000) -> torch.Tensor:
-    return state_weights(FakeStore(timestep, signal, total), num_bins=num_bins)  # type: ignore[arg-type]
+    return timestep_weights(FakeStore(timestep, signal, total), num_bins)  # type: ignore[arg-type]
 
 
 def test_equal_signals_have_weight_one() -> None:
@@ -281,7 +283,7 @@ def test_weights_are_inverse_to_the_mean_signal_of_their_bin() -> None:
 
 
 def test_weights_have_mean_one_over_the_store_and_make_noise_levels_count_alike(store: TrajectoryStore) -> None:
-    weights, timestep, signal = state_weights(store), store.column("timestep"), store.column("signal")
+    weights, timestep, signal = timestep_weights(store), store.column("timestep"), store.column("signal")
     assert float(weights[timestep].double().mean()) == pytest.approx(1, rel=1e-5)
     sums = {t: float((weights[t] * signal[timestep == t]).mean()) for t in timestep.unique().tolist()}
     assert max(sums.values()) == pytest.approx(min(sums.values()), rel=1e-3)
@@ -289,16 +291,22 @@ def test_weights_have_mean_one_over_the_store_and_make_noise_levels_count_alike(
     assert max(plain) > 1.5 * min(plain)
 
 
-def test_influence_multiplies_the_weights_of_its_range() -> None:
-    timestep = torch.arange(1000)
-    signal = 1 + timestep / 1000
-    plain = state_weights(FakeStore(timestep, signal))  # type: ignore[arg-type]
-    influence = torch.tensor([0.0, 1.0, 3.0, 0.5])
-    weights = state_weights(FakeStore(timestep, signal), influence)  # type: ignore[arg-type]
-    product = plain * influence.repeat_interleave(250)
-    torch.testing.assert_close(weights, product / product.mean())
+def test_states_are_drawn_as_often_as_their_range_moves_the_endpoint() -> None:
+    timestep = torch.randint(0, 750, (400,), generator=torch.Generator().manual_seed(1))  # none in the last range
+    store = FakeStore(timestep, torch.ones(400))
+    order = InfluenceOrder(store, torch.tensor([0.0, 1.0, 3.0, 9.0]))  # type: ignore[arg-type]
+    drawn = torch.cat([order.batch_indices(100, step, seed=4) for step in range(200)])
+    counts = torch.bincount(timestep[drawn] // 250, minlength=4).double()
+    floor = 0.05 * 4 / 4  # of the mean odds of four ranges
+    expected = torch.tensor([floor, 1.0, 3.0, 0.0]).double()
+    torch.testing.assert_close(counts / len(drawn), expected / expected.sum(), rtol=0.1, atol=0)
+    per_state = torch.bincount(drawn[timestep[drawn] >= 500], minlength=400)[timestep >= 500].double()
+    assert per_state.min() > 0.5 * per_state.mean() and per_state.max() < 1.5 * per_state.mean()
+    assert torch.equal(order.batch_indices(100, 7, 4), order.batch_indices(100, 7, 4))
+    assert not torch.equal(order.batch_indices(100, 7, 4), order.batch_indices(100, 8, 4))
+    assert not torch.equal(order.batch_indices(100, 7, 4), order.batch_indices(100, 7, 5))
     with pytest.raises(ValueError, match="moves the endpoint nowhere"):
-        state_weights(FakeStore(timestep, signal), torch.zeros(4))  # type: ignore[arg-type]
+        InfluenceOrder(store, torch.tensor([0.0, 0.0, 0.0, 1.0]))  # type: ignore[arg-type]
 
 
 def test_endpoint_weighting_measures_the_influence_once_and_keeps_it(dit_base: DiTBase, tmp_path: Path) -> None:
@@ -307,14 +315,26 @@ def test_endpoint_weighting_measures_the_influence_once_and_keeps_it(dit_base: D
     adapters = some_adapters(dit_base)
     with count_forwards(dit_base) as first:
         states = list(train(dit_base, adapters, store, settings))
+    adapters.remove()
     with count_forwards(dit_base) as second:
-        adapters.remove()
         again = list(train(dit_base, some_adapters(dit_base), TrajectoryStore(store.folder), settings))
     assert second.samples == 2 * 16 < first.samples
     assert [state.loss for state in states] == [state.loss for state in again]
-    weights = state_weights(store, influence_of(dit_base, store))
-    for state in states:
+    order, weights = InfluenceOrder(store, influence_of(dit_base, store)), timestep_weights(store)
+    for step, state in enumerate(states):
+        assert torch.equal(state.timestep, store.column("timestep")[order.batch_indices(16, step, settings.seed)])
         assert math.isclose(state.loss, float((weights[state.timestep] * state.squared_error).mean()), rel_tol=1e-5)
+
+
+def test_a_run_does_not_go_on_with_another_influence(dit_base: DiTBase, tmp_path: Path) -> None:
+    store = collect(dit_base, a_plan(), tmp_path / "store", progress=False)
+    settings = TrainingSettings(num_steps=4, batch_size=16, weighting="endpoint")
+    adapters = some_adapters(dit_base)
+    list(itertools.islice(train(dit_base, adapters, store, settings, tmp_path / "run", checkpoint_every=2), 2))
+    adapters.remove()
+    write_tensors(store.folder / INFLUENCE, {"influence": influence_of(dit_base, store) * 2})
+    with pytest.raises(CheckpointError, match="another influence"):
+        list(train(dit_base, some_adapters(dit_base), store, settings, tmp_path / "run"))
 
 
 def test_a_bin_almost_without_signal_does_not_take_over() -> None:
