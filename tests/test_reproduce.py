@@ -178,6 +178,8 @@ def start(tmp_path: Path, notebooks: Path) -> subprocess.Popen[str]:
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        # where the tests run in a shell's background Ctrl-C is ignored, and children would inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 300
     while not (tmp_path / "runs" / "toy" / "02_second.log").exists():
