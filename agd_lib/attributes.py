@@ -21,7 +21,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from .extractor import checked_pixels, conv_stages
+from .extractor import checked_pixels, conv_stages, load_local, weights_hash
 from .scenes import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES, Asked, AskedObject, Scene, asked
 from .shapes import IMAGE_SIZE
 
@@ -178,12 +178,18 @@ class AttributeFeatures:
 
     Args:
         folder: a saved :class:`AttributeReader`.
+
+    Attributes:
+        name: with a hash of the weights, so that features of two readers are never compared.
+        feature_dim: D.
+
+    Raises:
+        ValueError: if no reader was saved to the folder.
     """
 
-    name = "scenes-reader"
-
     def __init__(self, folder: str | Path, device: str | torch.device = "cpu") -> None:
-        self.model = AttributeReader.from_pretrained(folder).eval().to(device)
+        self.model = load_local(AttributeReader, folder, device)
+        self.name = f"scenes-reader-{weights_hash(folder)}"
         self.feature_dim = int(self.model.config.feature_dim)
         self.device = device
 
@@ -191,11 +197,6 @@ class AttributeFeatures:
     def __call__(self, images: Tensor) -> tuple[Tensor, None]:
         """Images (B, 3, 32, 32) in [0, 1] -> features (B, D); a scene has no class label."""
         return self.model(images.to(self.device) * 2 - 1).features.cpu(), None
-
-    @torch.no_grad()
-    def read(self, images: Tensor) -> list[Reading]:
-        """What is in images (B, 3, 32, 32) in [0, 1]."""
-        return readings(self.model(images.to(self.device) * 2 - 1).logits)
 
     def fulfilled(self, images: Tensor, scenes: Sequence[Scene]) -> Tensor:
         """For each image whether everything that the scene's caption asks for is in it, (B,) bool.
@@ -207,7 +208,3 @@ class AttributeFeatures:
             ValueError: if there are not as many scenes as images.
         """
         return fulfilled(self.model, images.to(self.device) * 2 - 1, scenes)
-
-    def prompt_accuracy(self, images: Tensor, scenes: Sequence[Scene]) -> float:
-        """Share of the images in which everything that was asked for is there; see :meth:`fulfilled`."""
-        return self.fulfilled(images, scenes).double().mean().item()

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from .base_models import BaseModel, count_forwards
 from .errors import AGDError
-from .extractor import ShapesExtractor
+from .extractor import ShapesExtractor, load_local
 from .guidance import AGD, CFG, Guidance, Unguided
 from .results import Row, row_from_dict
 from .sampling import generate
@@ -54,12 +54,15 @@ class ShapesFeatures:
 
     Args:
         folder: a saved :class:`~agd_lib.extractor.ShapesExtractor`, as in ``data/tiny-dit/extractor``.
+
+    Raises:
+        ValueError: if no extractor was saved to the folder.
     """
 
     name = "shapes-extractor"
 
     def __init__(self, folder: str | Path, device: str | torch.device = "cpu") -> None:
-        self.model = ShapesExtractor.from_pretrained(folder).eval().to(device)
+        self.model = load_local(ShapesExtractor, folder, device)
         self.feature_dim = int(self.model.config.feature_dim)
         self.device = device
 

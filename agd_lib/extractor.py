@@ -6,7 +6,8 @@ that has lost colours, sizes or places as well as one that draws the wrong shape
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,9 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from .shapes import IMAGE_SIZE, SHAPES
+from .storage import sha256
+
+AnyModel = TypeVar("AnyModel", bound=ModelMixin)
 
 
 class ExtractorOutput(NamedTuple):
@@ -54,6 +58,31 @@ def checked_pixels(images: Tensor) -> Tensor:
             "this extractor knows this library's procedural images alone"
         )
     return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images
+
+
+_WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def load_local(kind: type[AnyModel], folder: str | Path, device: str | torch.device = "cpu") -> AnyModel:
+    """A model that was saved to a folder, in eval mode; from the hub, or from pickled weights, nothing is ever loaded.
+
+    Raises:
+        ValueError: if the folder is not there, or holds no safetensors of such a model.
+    """
+    folder = Path(folder)
+    missing = [name for name in ("config.json", _WEIGHTS) if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(
+            f"got the folder {str(folder)!r}, which has no {' and no '.join(missing)}: expected one that a "
+            f"{kind.__name__} was saved to"
+        )
+    model: AnyModel = kind.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+    return model.eval().to(device)
+
+
+def weights_hash(folder: str | Path) -> str:
+    """Eight digits that tell the weights of a model in a folder from others'."""
+    return sha256(Path(folder) / _WEIGHTS)[:8]
 
 
 class ShapesExtractor(ModelMixin, ConfigMixin):

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .cycles import batches, one_cycle, save_model, train_cycle
 from .evaluation import ShapesFeatures, save_reference
 from .extractor import ShapesExtractor
 from .project import ROOT
@@ -60,25 +60,6 @@ def _to_float(images: Tensor) -> Tensor:
 def to_unit(images: Tensor) -> Tensor:
     """Bytes as floats in [0, 1], as feature extractors take them."""
     return images.float() / 255
-
-
-def batches(count: int, batch_size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """``steps`` batches of indices: shuffled epochs, one after another."""
-    order = torch.empty(0, dtype=torch.int64)
-    for _ in range(steps):
-        if len(order) < batch_size:
-            order = torch.cat([order, torch.randperm(count, generator=generator)])
-        batch, order = order[:batch_size], order[batch_size:]
-        yield batch
-
-
-def one_cycle(
-    optimizer: torch.optim.Optimizer, learning_rate: float, steps: int
-) -> torch.optim.lr_scheduler.OneCycleLR:
-    """Warm-up over the first twentieth of ``steps``, then cosine annealing to nearly zero."""
-    return torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, learning_rate, total_steps=steps + 1, pct_start=0.05, cycle_momentum=False
-    )
 
 
 def train_extractor(
@@ -229,39 +210,32 @@ def train_dit(
         start: go on from the result of an earlier cycle; None for a new model.
     """
     torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
-    scheduler = new_scheduler()
-    alphas_cumprod = scheduler.alphas_cumprod
-    snr = alphas_cumprod / (1 - alphas_cumprod)
-    weights = snr.clamp(max=5.0) / snr
     dit = new_dit().train()
     if start is not None:
         dit.load_state_dict(start.state_dict())
     for block in dit.transformer_blocks:
         block.norm1.emb.eval()  # diffusers would drop labels here, independently in every block
-    ema = copy.deepcopy(dit).eval()
     null_label = dit.config.num_embeds_ada_norm
-    optimizer = torch.optim.AdamW(dit.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
-    schedule = one_cycle(optimizer, learning_rate, steps)
-    progress = tqdm(batches(len(mean), batch_size, steps, generator), total=steps, desc="denoiser", mininterval=10)
-    for step, batch in enumerate(progress, start=1):
-        posterior_noise, noise = (torch.randn(mean[batch].shape, generator=generator) for _ in range(2))
-        latents = (mean[batch] + std[batch] * posterior_noise) * scaling_factor
-        timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(batch),), generator=generator)
-        dropped = torch.rand(len(batch), generator=generator) < label_dropout
-        noisy = scheduler.add_noise(latents, noise, timesteps)  # type: ignore[arg-type]
-        prediction = dit(noisy, timesteps, torch.where(dropped, null_label, labels[batch])).sample
-        errors = (prediction - noise).square().mean(dim=(1, 2, 3))
-        loss = (weights[timesteps] * errors).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(dit.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        with torch.no_grad():
-            decay = min(ema_decay, (1 + step) / (10 + step))
-            torch._foreach_lerp_(list(ema.parameters()), list(dit.parameters()), 1 - decay)
-        progress.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+
+    def predict(noisy: Tensor, timesteps: Tensor, indices: Tensor, dropped: Tensor) -> Tensor:
+        prediction: Tensor = dit(noisy, timesteps, torch.where(dropped, null_label, labels[indices])).sample
+        return prediction
+
+    ema: Any = train_cycle(
+        dit,
+        predict,
+        new_scheduler(),
+        mean,
+        std,
+        scaling_factor,
+        steps,
+        batch_size,
+        learning_rate,
+        label_dropout,
+        ema_decay,
+        ema_lag=10,
+        seed=seed,
+    )
     return _untied(ema)
 
 
@@ -271,15 +245,6 @@ def _untied(dit: DiTTransformer2DModel) -> DiTTransformer2DModel:
     for block in dit.transformer_blocks:
         block.norm1.emb = copy.deepcopy(block.norm1.emb)
     return dit
-
-
-def _publish(model: Any, folder: Path) -> None:
-    """Save under a temporary name, then rename: the folder is whole or absent."""
-    temporary = folder.with_name(f".{folder.name}.partial")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    temporary.rename(folder)
 
 
 def build_tiny_dit(
@@ -298,7 +263,7 @@ def build_tiny_dit(
     output.mkdir(parents=True, exist_ok=True)
     images, labels = make_images(TRAIN_SEED, num_images)
     if not (output / "vae").exists():
-        _publish(train_vae(make_images(TRAIN_SEED, num_images, wide=True)[0], vae_steps), output / "vae")
+        save_model(train_vae(make_images(TRAIN_SEED, num_images, wide=True)[0], vae_steps), output / "vae")
     if not (output / "transformer").exists():
         vae = AutoencoderKL.from_pretrained(output / "vae")
         mean, std = encode_all(vae, images)
@@ -311,13 +276,13 @@ def build_tiny_dit(
             dit = train_dit(
                 mean, std, labels, vae.config.scaling_factor, steps, learning_rate=learning_rate, seed=cycle, start=dit
             )
-            _publish(dit, finished)
-        _publish(dit, output / "transformer")
+            save_model(dit, finished)
+        save_model(dit, output / "transformer")
     if not (output / "extractor").exists():
         extractor = train_extractor(images, labels, scene_attributes(TRAIN_SEED, num_images), extractor_steps)
         held_out = make_images(HELD_OUT_SEED, 5_000)
         print(f"extractor: held-out accuracy {extractor_accuracy(extractor, *held_out):.4f}", flush=True)
-        _publish(extractor, output / "extractor")
+        save_model(extractor, output / "extractor")
     if not (output / "reference.safetensors").exists():
         features = ShapesFeatures(output / "extractor")
         rows = [features(to_unit(batch))[0] for batch, _ in iter_images(REFERENCE_SEED, NUM_REFERENCE)]
