@@ -3,16 +3,19 @@
 True small analogues of Stable Diffusion 2.1 and SDXL, on the captioned scenes of :mod:`agd_lib.scenes`: the same block
 types, conditioning and prediction type, saved as ``StableDiffusionPipeline`` and ``StableDiffusionXLPipeline`` folders.
 Their text encoders have a vocabulary of their own and are trained together with the UNet. Each stage is written whole
-or not at all, and a stage that is already there is not repeated, so an interrupted build resumes.
+or not at all, a stage that is already there is not repeated, and the denoiser's training keeps checkpoints, so an
+interrupted build resumes.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
+import json
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -31,20 +34,38 @@ from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from .attributes import AttributeFeatures, AttributeReader, Targets, fulfilled, targets
+from .base_models import base_from_pipeline
+from .cycles import SETTINGS, Checkpoint, batches, check_settings, one_cycle, train_cycle
+from .errors import CheckpointError
 from .evaluation import save_reference
+from .extractor import load_local, weights_hash
+from .guidance import CFG
 from .project import ROOT
-from .scenes import caption, make_scenes, vocabulary
+from .sampling import generate
+from .scenes import Scene, caption, make_scenes, vocabulary
 from .shapes import IMAGE_SIZE
-from .storage import writing
-from .tiny import HELD_OUT_SEED, REFERENCE_SEED, TRAIN_SEED, batches, encode_all, one_cycle, to_unit, train_vae
+from .storage import read_json, write_json, writing
+from .tiny import HELD_OUT_SEED, REFERENCE_SEED, TRAIN_SEED, encode_all, to_unit, train_vae
 
 ModelName = Literal["sd21", "sdxl"]
 
 MAX_TOKENS = 24
 """Length of every tokenised prompt, start and end included; the longest caption has 18."""
 
-TEXT_CYCLES: tuple[tuple[int, float], ...] = ((8_000, 1e-3), (8_000, 8e-4), (8_000, 6e-4))
+TEXT_CYCLES: tuple[tuple[int, float], ...] = ((12_000, 1e-3), (12_000, 8e-4))
 """(steps, peak learning rate) of the denoiser's one-cycle schedules, one after another."""
+
+BATCH_SIZE = 128
+"""Images in a step of the denoiser's training."""
+
+CAPTION_DROPOUT = 0.1
+"""Share of the captions that are dropped in the denoiser's training."""
+
+MEASURED_SCALES = (1.0, 3.0)
+"""Guidance scales that the denoiser is measured at after each cycle."""
+
+MEASURED = "measured.json"
+"""In the folder of a finished stage: the shares of prompts that it fulfils."""
 
 LATENT_SIZE = IMAGE_SIZE // 4
 _BYTES = (*range(33, 127), *range(161, 173), *range(174, 256))  # the bytes that CLIP writes as themselves
@@ -189,7 +210,7 @@ class SDXLDenoiser(nn.Module):
             sample_size=LATENT_SIZE,
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            block_out_channels=(32, 96),
+            block_out_channels=(64, 96),
             layers_per_block=1,
             transformer_layers_per_block=(1, 2),
             attention_head_dim=(2, 4),  # numbers of heads, in spite of the name
@@ -250,16 +271,6 @@ def new_scheduler(prediction_type: str) -> DDIMScheduler:
     )
 
 
-def min_snr_weights(alphas_cumprod: Tensor, prediction_type: str, gamma: float = 5.0) -> Tensor:
-    """Weight of each timestep's squared error, (T,): min-SNR weighting (arXiv 2303.09556).
-
-    In terms of the clean latents the weight is min(SNR, gamma). An error of the noise is SNR times, and an error of
-    the velocity SNR + 1 times that of the clean latents.
-    """
-    snr = alphas_cumprod / (1 - alphas_cumprod)
-    return snr.clamp(max=gamma) / (snr + 1 if prediction_type == "v_prediction" else snr)
-
-
 def size_conditioning(images: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     """What SDXL learns its sizes from: of the images 15 % from a small original, 15 % cropped, the others as they are.
 
@@ -300,48 +311,50 @@ def train_denoiser(
     scaling_factor: float,
     steps: int,
     learning_rate: float,
-    batch_size: int = 64,
-    caption_dropout: float = 0.1,
+    batch_size: int = BATCH_SIZE,
+    caption_dropout: float = CAPTION_DROPOUT,
     ema_decay: float = 0.999,
     seed: int = 0,
+    checkpoint: Checkpoint | None = None,
 ) -> Denoiser:
     """Train UNet and text encoders for one cycle; returns the exponential moving average of their weights.
+
+    The average's decay rises to ``ema_decay``; 0.999 is reached after 4,994 steps.
 
     Args:
         denoiser: where to start; is changed.
         mean, std: (N, 4, 8, 8), the autoencoder's posteriors; a latent is drawn anew at every use.
         ids: (N, 24), the captions' tokens. time_ids: (N, 6).
+        checkpoint: with one there, training goes on from it exactly.
+
+    Raises:
+        CheckpointError: if the checkpoint is damaged or of other settings. WriteError: if it cannot be written.
     """
     torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
-    scheduler = new_scheduler(denoiser.prediction_type)
-    weights = min_snr_weights(scheduler.alphas_cumprod, denoiser.prediction_type)
     denoiser.train()
-    ema = copy.deepcopy(denoiser).eval()
-    optimizer = torch.optim.AdamW(denoiser.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
-    schedule = one_cycle(optimizer, learning_rate, steps)
-    progress = tqdm(batches(len(mean), batch_size, steps, generator), total=steps, desc="denoiser", mininterval=10)
-    for step, batch in enumerate(progress, start=1):
-        posterior_noise, noise = (torch.randn(mean[batch].shape, generator=generator) for _ in range(2))
-        latents: Any = (mean[batch] + std[batch] * posterior_noise) * scaling_factor
-        timesteps: Any = torch.randint(len(weights), (len(batch),), generator=generator)
-        dropped = torch.rand(len(batch), generator=generator) < caption_dropout
-        noisy = scheduler.add_noise(latents, noise, timesteps)
-        target = noise
-        if denoiser.prediction_type == "v_prediction":
-            target = scheduler.get_velocity(latents, noise, timesteps)
-        prediction = denoiser(noisy, timesteps, ids[batch], dropped, time_ids[batch])
-        loss = (weights[timesteps] * (prediction - target).square().mean(dim=(1, 2, 3))).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        with torch.no_grad():
-            decay = min(ema_decay, (1 + step) / (10 + step))
-            torch._foreach_lerp_(list(ema.parameters()), list(denoiser.parameters()), 1 - decay)
-        progress.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
-    return ema
+
+    def predict(noisy: Tensor, timesteps: Tensor, indices: Tensor, dropped: Tensor) -> Tensor:
+        prediction: Tensor = denoiser(noisy, timesteps, ids[indices], dropped, time_ids[indices])
+        return prediction
+
+    ema: Any = train_cycle(
+        denoiser,
+        predict,
+        new_scheduler(denoiser.prediction_type),
+        mean,
+        std,
+        scaling_factor,
+        steps,
+        batch_size,
+        learning_rate,
+        caption_dropout,
+        ema_decay,
+        ema_lag=6,
+        seed=seed,
+        checkpoint=checkpoint,
+    )
+    trained: Denoiser = ema
+    return trained
 
 
 def train_reader(images: Tensor, truth: Targets, steps: int, batch_size: int = 128, seed: int = 0) -> AttributeReader:
@@ -371,31 +384,102 @@ def train_reader(images: Tensor, truth: Targets, steps: int, batch_size: int = 1
 
 def reader_loss(logits: Sequence[Tensor], measures: Tensor, truth: Targets) -> Tensor:
     """Cross-entropy of every question plus squared error of every measure; an absent second object counts nowhere."""
-    questions = [F.cross_entropy(scores, answers) for scores, answers in zip(logits, truth.answers.unbind(dim=1))]
+    questions = [
+        F.cross_entropy(scores, answers, reduction="sum") / (answers >= 0).sum().clamp(min=1)
+        for scores, answers in zip(logits, truth.answers.unbind(dim=1))
+    ]
     known = ~truth.measures.isnan()
     return torch.stack(questions).sum() + 4 * F.mse_loss(measures[known], truth.measures[known])
 
 
-def _save(model: Any, folder: Path) -> None:
+def shares_fulfilled(reader: AttributeReader, images: Tensor, scenes: Sequence[Scene]) -> dict[str, float]:
+    """Share of the images in which everything is there that the scene's caption asks for, by its number of objects.
+
+    Args:
+        images: (N, 3, 32, 32), float in [-1, 1] or uint8.
+    """
+    found = fulfilled(reader, images, scenes).double()
+    counts = torch.tensor([len(scene.objects) for scene in scenes])
+    groups = {"one object": counts == 1, "two objects": counts == 2}
+    return {name: found[group].mean().item() for name, group in groups.items() if group.any()}
+
+
+def measure_denoiser(
+    denoiser: Denoiser, vae: AutoencoderKL, tokenizer: CLIPTokenizer, reader: AttributeReader, num_samples: int = 500
+) -> dict[str, dict[str, float]]:
+    """:func:`shares_fulfilled` of samples (20 DDIM steps) for held-out captions, without and with guidance.
+
+    Args:
+        denoiser: is frozen by this.
+
+    Returns:
+        ``{"scale 1": shares, "scale 3": shares}``.
+    """
+    base = base_from_pipeline(denoiser.pipeline(vae, tokenizer))
+    scenes = make_scenes(HELD_OUT_SEED, num_samples)[1]
+    shares = {}
+    for scale in MEASURED_SCALES:
+        guidance = CFG(scale)  # one pass a step at scale 1
+        latents = generate(base, [caption(scene) for scene in scenes], guidance, 20, progress=f"scale {scale:g}")
+        images = torch.cat([base.decode(batch) for batch in latents])
+        shares[f"scale {scale:g}"] = shares_fulfilled(reader, images * 2 - 1, scenes)
+    return shares
+
+
+def measure_autoencoder(vae: AutoencoderKL, reader: AttributeReader, num_images: int) -> dict[str, dict[str, float]]:
+    """:func:`shares_fulfilled` of held-out scenes as they are, and as the autoencoder gives them back.
+
+    Returns:
+        ``{"real images": shares, "reconstructions": shares}``.
+    """
+    images, scenes = make_scenes(HELD_OUT_SEED, num_images)
+    with torch.no_grad():
+        chunks = [vae.encode(chunk.float() / 127.5 - 1).latent_dist.mode() for chunk in images.split(500)]
+        again = torch.cat([vae.decode(chunk).sample.clamp(-1, 1) for chunk in chunks])
+    return {
+        "real images": shares_fulfilled(reader, images, scenes),
+        "reconstructions": shares_fulfilled(reader, again, scenes),
+    }
+
+
+def _measured(folder: Path, measurement: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What was measured on a finished stage; measured now if it was not, kept in its folder, and printed."""
+    file = folder / MEASURED
+    if not file.exists():
+        write_json(file, measurement())
+    shares = read_json(file, CheckpointError, "record of measurements")
+    for name, groups in shares.items():
+        said = ", ".join(f"{group} {share:.3f}" for group, share in groups.items())
+        print(f"{folder.name}, {name}: {said} of the prompts fulfilled", flush=True)
+    return shares
+
+
+def _save(model: Any, folder: Path, settings: Mapping[str, Any]) -> None:
+    """Save one model, or the parts of a denoiser in a folder each, with the settings of its training."""
     with writing(folder) as temporary:
-        model.save_pretrained(temporary)
+        if isinstance(model, Denoiser):
+            for name, part in model.named_children():
+                part.save_pretrained(temporary / name)  # type: ignore[operator]
+        else:
+            model.save_pretrained(temporary)
+        write_json(temporary / SETTINGS, dict(settings))
 
 
-def _copy(source: Path, folder: Path) -> None:
-    with writing(folder) as temporary:
-        shutil.copytree(source, temporary)
-
-
-def _load_parts(denoiser: Denoiser, folder: Path) -> None:
+def _load_parts(denoiser: Denoiser, folder: Path) -> Denoiser:
     """Replace the denoiser's parts by saved ones, one folder for each."""
     for name, part in list(denoiser.named_children()):
-        setattr(denoiser, name, type(part).from_pretrained(folder / name))  # type: ignore[attr-defined]
+        loaded = type(part).from_pretrained(folder / name, use_safetensors=True, local_files_only=True)  # type: ignore[attr-defined]
+        setattr(denoiser, name, loaded)
+    return denoiser
 
 
-def _save_parts(denoiser: Denoiser, folder: Path) -> None:
-    with writing(folder) as temporary:
-        for name, part in denoiser.named_children():
-            part.save_pretrained(temporary / name)  # type: ignore[operator]
+def _stage(name: str, output: Path, work: Path, settings: Mapping[str, Any], train: Callable[[], Any]) -> Path:
+    """The folder of a finished stage: in ``output``, or in ``work``, where it is trained if it is in neither."""
+    folder = output / name if (output / name).exists() else work / name
+    if not folder.exists():
+        _save(train(), folder, settings)
+    check_settings(folder, settings)
+    return folder
 
 
 def build_tiny_text(
@@ -407,72 +491,166 @@ def build_tiny_text(
     cycles: Sequence[tuple[int, float]] = TEXT_CYCLES,
     num_reference: int = 5_000,
     work: Path = ROOT / "runs" / "build" / "tiny-text",
+    num_samples: int = 500,
 ) -> None:
     """Train autoencoder, reader, denoiser and text encoders, and save them as ``output``, a diffusers pipeline folder.
+
+    Every stage is measured by the share of held-out prompts that it fulfils. A stage keeps its settings
+    (``training.json``) and its measurements (``measured.json``) in its folder; ``output`` gets all of them, and a model
+    card (``README.md``). A finished ``output`` is left as it is; an unfinished one is replaced when all is done, with
+    whatever else lies in it.
 
     Args:
         model: ``"sd21"`` or ``"sdxl"``.
         cycles: see :data:`TEXT_CYCLES`. num_reference: images of the reference.
         work: where unfinished work is kept; autoencoder and reader in it serve both models.
+        num_samples: samples for each measurement of the denoiser.
+
+    Raises:
+        CheckpointError: if ``output`` or a stage was trained with other settings. WriteError: if the disk is full.
     """
-    output.mkdir(parents=True, exist_ok=True)
+    settings = {
+        "model": model,
+        "num_images": num_images,
+        "reader_steps": reader_steps,
+        "vae_steps": vae_steps,
+        "cycles": [list(cycle) for cycle in cycles],
+        "batch_size": BATCH_SIZE,
+        "num_reference": num_reference,
+    }
+    if (output / "model_index.json").exists():
+        check_settings(output, settings)
+        print(f"{output} is finished: nothing to do", flush=True)
+        return
     images, scenes = make_scenes(TRAIN_SEED, num_images)
-    for name in ("vae", "extractor"):
-        if not (work / name).exists():
-            if name == "vae":
-                _save(train_vae(images, vae_steps), work / name)
-            else:
-                reader = train_reader(images, targets(scenes), reader_steps)
-                held_out = fulfilled(reader, *make_scenes(HELD_OUT_SEED, 5_000))
-                print(f"reader: prompt accuracy {held_out.double().mean():.4f} on held-out images", flush=True)
-                _save(reader, work / name)
-        if not (output / name).exists():
-            _copy(work / name, output / name)
-    if not (output / "reference.safetensors").exists():
-        features = AttributeFeatures(output / "extractor")
-        chunks = make_scenes(REFERENCE_SEED, num_reference)[0].split(500)
-        rows = torch.cat([features(to_unit(chunk))[0] for chunk in chunks])
-        save_reference(output / "reference.safetensors", rows, features.name)
-    vae = AutoencoderKL.from_pretrained(output / "vae")
+    vae_folder = _stage(
+        "vae", output, work, {"num_images": num_images, "steps": vae_steps}, lambda: train_vae(images, vae_steps)
+    )
+    reader_folder = _stage(
+        "extractor",
+        output,
+        work,
+        {"num_images": num_images, "steps": reader_steps},
+        lambda: train_reader(images, targets(scenes), reader_steps),
+    )
+    vae = load_local(AutoencoderKL, vae_folder)
+    features = AttributeFeatures(reader_folder)
+    reader = features.model
+    measured = _measured(vae_folder, lambda: measure_autoencoder(vae, reader, 10 * num_samples))
     tokenizer = new_tokenizer()
-    denoiser: Denoiser = _train_cycles(model, vae, tokenizer, images, [caption(s) for s in scenes], cycles, work)
-    pipeline = denoiser.pipeline(vae, tokenizer)
-    pipeline.save_pretrained(output)
-    for name in pipeline.components:
-        if name.startswith("tokenizer"):  # beside tokenizer.json, the two files that every version of CLIP's reads
-            pipeline.components[name].backend_tokenizer.model.save(str(output / name))
+    folders = _train_cycles(model, vae_folder, tokenizer, images, [caption(s) for s in scenes], cycles, work)
+    for number, (folder, denoiser) in enumerate(folders, start=1):
+        shares = _measured(folder, lambda: measure_denoiser(denoiser, vae, tokenizer, reader, num_samples))  # noqa: B023
+        measured |= {f"samples after cycle {number}, {name}": value for name, value in shares.items()}
+    chunks = make_scenes(REFERENCE_SEED, num_reference)[0].split(500)
+    rows = torch.cat([features(to_unit(chunk))[0] for chunk in chunks])
+    pipeline = denoiser.pipeline(vae, new_tokenizer())  # one that was used is saved otherwise, with its last padding
+    with writing(output) as temporary:
+        if output.exists():
+            shutil.copytree(output, temporary)
+        pipeline.save_pretrained(temporary)
+        for name in pipeline.components:
+            if name.startswith("tokenizer"):  # beside tokenizer.json, the files that every version of CLIP's reads
+                pipeline.components[name].backend_tokenizer.model.save(str(temporary / name))
+        for folder in (vae_folder, reader_folder):
+            shutil.copytree(folder, temporary / folder.name, dirs_exist_ok=True)
+        save_reference(temporary / "reference.safetensors", rows, features.name)
+        write_json(temporary / SETTINGS, settings)
+        write_json(temporary / MEASURED, measured)
+        (temporary / "README.md").write_text(_model_card(settings, measured), encoding="utf-8")
+        for path in temporary.rglob("*.json"):
+            _forget_paths(path)
+
+
+def _forget_paths(path: Path) -> None:
+    """Take out of a configuration where its model was loaded from."""
+    value = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(value, dict) and value.pop("_name_or_path", None) is not None:
+        path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _train_cycles(
     model: ModelName,
-    vae: AutoencoderKL,
+    vae_folder: Path,
     tokenizer: CLIPTokenizer,
     images: Tensor,
     captions: Sequence[str],
     cycles: Sequence[tuple[int, float]],
     work: Path,
-) -> Denoiser:
-    """The denoiser after the last cycle; finished cycles are kept in ``work`` and not repeated."""
+) -> Iterator[tuple[Path, Denoiser]]:
+    """Folder and denoiser after each cycle; finished ones are kept in ``work`` and not repeated."""
     torch.manual_seed(0)
     denoiser: Denoiser = _DENOISERS[model](tokenizer)
-    folders = [work / model / f"cycle-{i}" for i in range(len(cycles))]
-    done = max((i + 1 for i, folder in enumerate(folders) if folder.exists()), default=0)
-    if done:
-        _load_parts(denoiser, folders[done - 1])
-    if done == len(cycles):
-        return denoiser.eval()
-    time_ids = torch.tensor(_PLAIN_SIZES, dtype=torch.float32).repeat(len(images), 1)
-    if model == "sdxl":
-        images, time_ids = size_conditioning(images, TRAIN_SEED)
-    mean, std = encode_all(vae, images)
-    ids = tokenize(tokenizer, captions)
-    for i in range(done, len(cycles)):
-        steps, learning_rate = cycles[i]
-        denoiser = train_denoiser(
-            denoiser, mean, std, ids, time_ids, vae.config.scaling_factor, steps, learning_rate, seed=i
-        )
-        _save_parts(denoiser, folders[i])
-    return denoiser
+    settings: dict[str, Any] = {
+        "num_images": len(images),
+        "batch_size": BATCH_SIZE,
+        "vae": weights_hash(vae_folder),
+        "architecture": _architecture(denoiser),
+    }
+    data: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+    for i, (steps, learning_rate) in enumerate(cycles):
+        folder = work / model / f"cycle-{i + 1}"
+        settings["cycles"] = [list(cycle) for cycle in cycles[: i + 1]]
+        if not folder.exists():
+            vae = load_local(AutoencoderKL, vae_folder)
+            if data is None:
+                time_ids = torch.tensor(_PLAIN_SIZES, dtype=torch.float32).repeat(len(images), 1)
+                if model == "sdxl":
+                    images, time_ids = size_conditioning(images, TRAIN_SEED)
+                mean, std = encode_all(vae, images)
+                data = mean, std, tokenize(tokenizer, captions), time_ids
+            checkpoint = Checkpoint(work / model / f"cycle-{i + 1}-unfinished", settings)
+            factor = vae.config.scaling_factor
+            trained = train_denoiser(denoiser, *data, factor, steps, learning_rate, seed=i, checkpoint=checkpoint)
+            _save(trained, folder, settings)
+            checkpoint.remove()
+        check_settings(folder, settings)
+        denoiser = _load_parts(_DENOISERS[model](tokenizer), folder)
+        yield folder, copy.deepcopy(denoiser).eval()
+
+
+def _architecture(denoiser: Denoiser) -> str:
+    """A digest that tells denoisers of other sizes apart."""
+    config = {name: value for name, value in denoiser.unet.config.items() if not name.startswith("_")}
+    return hashlib.sha256((repr(denoiser) + json.dumps(config, sort_keys=True)).encode()).hexdigest()[:16]
+
+
+_TITLES: dict[ModelName, str] = {"sd21": "Stable Diffusion 2.1", "sdxl": "SDXL"}
+
+
+def _model_card(settings: Mapping[str, Any], measured: Mapping[str, Mapping[str, float]]) -> str:
+    model: ModelName = settings["model"]
+    cycles = ", ".join(f"{steps:,} (peak learning rate {rate:g})" for steps, rate in settings["cycles"])
+    rows = []
+    for name, shares in measured.items():
+        cells = (f"{shares[group]:.1%}" if group in shares else "" for group in ("one object", "two objects"))
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    table = "\n".join(rows)
+    return f"""---
+library_name: diffusers
+license: mit
+tags: [text-to-image]
+---
+# tiny-{model}
+
+A small text-to-image model, built like {_TITLES[model]} and trained by this repository, so that guidance and its
+distillation can be studied on two CPU cores. It draws one or two objects at 32 x 32 pixels; a prompt asks for their
+shapes, and for colours, sizes, places and background or for some of them (`agd_lib.scenes`).
+
+It predicts {_DENOISERS[model].prediction_type}; {CAPTION_DROPOUT:.0%} of the captions were dropped in training. `extractor`
+is the network that samples are measured with (`agd_lib.attributes`), `reference.safetensors` holds its features of
+{settings["num_reference"]:,} real images.
+
+Share of held-out prompts of which everything is in the picture, as the extractor reads it (samples: DDIM, 20 steps):
+
+| | one object | two objects |
+|---|---|---|
+{table}
+
+Made by `python -m agd_lib.tiny_text {model} --output data/tiny-{model}`: {settings["num_images"]:,} images,
+{settings["vae_steps"]:,} steps for the autoencoder, {settings["reader_steps"]:,} for the extractor, and for UNet and text
+encoders cycles of {cycles} steps of {settings["batch_size"]} images.
+"""
 
 
 def main() -> None:

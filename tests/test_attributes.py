@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ from agd_lib.attributes import (
     readings,
     targets,
 )
-from agd_lib.evaluation import load_reference, save_reference
+from agd_lib.evaluation import EvaluationError, ShapesFeatures, load_reference, save_reference
+from agd_lib.extractor import ShapesExtractor
 from agd_lib.scenes import Asked, AskedObject, Scene, asked, draw_scene, make_scenes
 from agd_lib.tiny_text import reader_loss, train_reader
 
@@ -149,9 +151,44 @@ def test_saved_and_loaded_as_features(reader: AttributeReader, tmp_path: Path) -
     reference = load_reference(tmp_path / "reference.safetensors", extractor)
     assert reference.features is not None and torch.equal(reference.features, features)
     unit = images.float() / 255
-    assert extractor.prompt_accuracy(unit, scenes) == extractor.fulfilled(unit, scenes).double().mean()
+    assert torch.equal(extractor.fulfilled(unit, scenes), fulfilled(reader, images, scenes))
     with pytest.raises(ValueError, match="got 20 images and 3 scenes"):
         extractor.fulfilled(unit, scenes[:3])
+
+
+def test_the_name_tells_readers_apart(reader: AttributeReader, tmp_path: Path) -> None:
+    """Features of one reader are refused as the reference for another's."""
+    for name, model in (("one", reader), ("other", AttributeReader(feature_dim=16, width=8))):
+        model.save_pretrained(tmp_path / name)
+    one, other = AttributeFeatures(tmp_path / "one"), AttributeFeatures(tmp_path / "other")
+    assert one.name.startswith("scenes-reader-") and one.name != other.name
+    assert one.name == AttributeFeatures(tmp_path / "one").name
+    save_reference(tmp_path / "reference.safetensors", one(make_scenes(0, 20)[0] / 255)[0], one.name)
+    with pytest.raises(EvaluationError, match="was made with the extractor scenes-reader-"):
+        load_reference(tmp_path / "reference.safetensors", other)
+
+
+@pytest.mark.parametrize("load", [AttributeFeatures, ShapesFeatures])
+def test_extractors_are_local_safetensors(load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mistyped folder is not looked for on the hub, and pickled weights are not loaded."""
+    with pytest.raises(ValueError, match=r"no config.json and no diffusion_pytorch_model.safetensors"):
+        load("someone/a-reader")
+    kind = AttributeReader if load is AttributeFeatures else ShapesExtractor
+    kind(feature_dim=16, width=8).save_pretrained(tmp_path, safe_serialization=False)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("a pickle was read"))
+    with pytest.raises(ValueError, match=r"has no diffusion_pytorch_model.safetensors: expected one"):
+        load(tmp_path)
+
+
+def test_the_loss_is_finite_without_any_second_object(reader: AttributeReader) -> None:
+    images, scenes = make_scenes(0, 16)
+    alone = [i for i, scene in enumerate(scenes) if len(scene.objects) == 1]
+    output = reader(images[alone])
+    loss = reader_loss(output.logits, output.measures, targets([scenes[i] for i in alone]))
+    loss.backward()
+    assert loss.isfinite() and loss > 0
+    assert all(p.grad is None or p.grad.isfinite().all() for p in reader.parameters())
+    reader.zero_grad()
 
 
 def test_the_loss_ignores_the_second_object_where_there_is_none(reader: AttributeReader) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +13,19 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from transformers import CLIPTokenizer
 
+import agd_lib.cycles as cycles
 import agd_lib.tiny_text as tiny_text
 from agd_lib.attributes import AttributeFeatures
+from agd_lib.errors import CheckpointError
 from agd_lib.evaluation import load_reference
 from agd_lib.scenes import caption, draw_scene, make_scenes, vocabulary
+from agd_lib.tiny import new_vae
 from agd_lib.tiny_text import (
     MAX_TOKENS,
     Denoiser,
     SD21Denoiser,
     SDXLDenoiser,
     build_tiny_text,
-    min_snr_weights,
     new_scheduler,
     new_tokenizer,
     size_conditioning,
@@ -34,7 +38,7 @@ PIPELINES = {"sd21": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
 
 
 def build(model: Any, output: Path, work: Path) -> None:
-    build_tiny_text(model, output, 64, 2, 2, CYCLES, num_reference=70, work=work)
+    build_tiny_text(model, output, 64, 2, 2, CYCLES, num_reference=70, work=work, num_samples=4)
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +123,7 @@ def test_dropped_captions_become_the_empty_prompt(kind: type[Denoiser], tokenize
 @pytest.mark.parametrize("kind", [SD21Denoiser, SDXLDenoiser])
 def test_text_and_unet_learn_together(kind: type[Denoiser], tokenizer: CLIPTokenizer) -> None:
     denoiser = kind(tokenizer)
-    assert 2e6 < sum(p.numel() for p in denoiser.unet.parameters()) < 8e6
+    assert 2e6 < sum(p.numel() for p in denoiser.unet.parameters()) < 5e6
     ids = tokenize(tokenizer, ["a red ring"])
     time_ids = torch.tensor([[32.0, 32, 0, 0, 32, 32]])
     prediction = denoiser(torch.randn(1, 4, 8, 8), torch.tensor([500]), ids, torch.tensor([False]), time_ids)
@@ -140,24 +144,6 @@ def test_the_block_types_are_those_of_the_large_models(tokenizer: CLIPTokenizer)
     assert new_scheduler(SDXLDenoiser.prediction_type).config.prediction_type == "epsilon"
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_weights_are_min_snr_in_terms_of_the_clean_latents(prediction_type: str) -> None:
-    """The same error of the clean latents costs min(SNR, 5) times its square in either prediction type."""
-    scheduler = new_scheduler(prediction_type)
-    weights = min_snr_weights(scheduler.alphas_cumprod, prediction_type)
-    clean, noise, error = torch.randn(3, 1, 4, 8, 8).double()
-    for t in (5, 300, 950):
-        a, s = scheduler.alphas_cumprod[t].double().sqrt(), (1 - scheduler.alphas_cumprod[t].double()).sqrt()
-        noisy, wrong = a * clean + s * noise, clean + error
-        wrong_noise = (noisy - a * wrong) / s
-        if prediction_type == "epsilon":
-            squared = (wrong_noise - noise).square().mean()
-        else:
-            squared = ((a * wrong_noise - s * wrong) - (a * noise - s * clean)).square().mean()
-        expected = min(float(a**2 / s**2), 5.0) * error.square().mean()
-        assert weights[t] * squared == pytest.approx(float(expected), rel=1e-3)
-
-
 def test_size_conditioning_says_what_was_done() -> None:
     images, _ = make_scenes(0, 200)
     changed, time_ids = size_conditioning(images, seed=1)
@@ -171,6 +157,12 @@ def test_size_conditioning_says_what_was_done() -> None:
     assert small.sum() > 10 and cropped.sum() > 10 and not (small & cropped).any()
     sharpness = [(x.float().diff(dim=-1).abs().mean(dim=(1, 2, 3))) for x in (changed, images)]
     assert (sharpness[0][small] < sharpness[1][small]).all()
+    assert (time_ids[cropped, 2] != time_ids[cropped, 3]).any()
+    for i in cropped.nonzero().flatten().tolist():
+        top, left = time_ids[i, 2:4].int().tolist()
+        larger = torch.nn.functional.interpolate(images[i][None].float(), (36, 36), mode="bilinear", antialias=True)
+        expected = larger[0, :, top : top + 32, left : left + 32].round().clamp(0, 255).to(torch.uint8)
+        assert torch.equal(changed[i], expected), (top, left)
 
 
 def test_the_folder_is_a_diffusers_pipeline(folder: Path) -> None:
@@ -190,37 +182,140 @@ def test_the_folder_is_a_diffusers_pipeline(folder: Path) -> None:
     assert load_reference(folder / "reference.safetensors", extractor).features.shape == (70, 64)
 
 
-def test_a_finished_build_is_not_repeated(folder: Path, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any, **__: Any) -> None:
-        raise AssertionError("trained again")
+def refuse(*_: Any, **__: Any) -> None:
+    raise AssertionError("done again")
 
-    for name in ("train_denoiser", "train_vae", "train_reader"):
+
+STAGES = ("train_denoiser", "train_vae", "train_reader", "measure_denoiser", "measure_autoencoder")
+
+
+def test_a_finished_output_is_left_alone(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where nothing of its work is left."""
+    for name in STAGES:
         monkeypatch.setattr(tiny_text, name, refuse)
-    before = (folder / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
-    build(folder.name, folder, work)
-    assert (folder / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == before
+    before = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in folder.rglob("*")}
+    build(folder.name, folder, tmp_path / "no-work")
+    assert before == {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in folder.rglob("*")}
+    assert not (tmp_path / "no-work").exists()
+    with pytest.raises(CheckpointError, match="other settings: vae_steps is 2 there, 3 here"):
+        build_tiny_text(folder.name, folder, 64, 2, 3, CYCLES, num_reference=70)  # type: ignore[arg-type]
 
 
-def test_an_interrupted_build_resumes_to_the_same_result(
+def test_finished_stages_are_not_repeated(
+    folder: Path, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in STAGES:
+        monkeypatch.setattr(tiny_text, name, refuse)
+    (tmp_path / folder.name / "adapters").mkdir(parents=True)
+    (tmp_path / folder.name / "adapters" / "note").write_text("mine")
+    build(folder.name, tmp_path / folder.name, work)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            assert path.read_bytes() == (tmp_path / folder.name / path.relative_to(folder)).read_bytes(), path
+    assert (tmp_path / folder.name / "adapters" / "note").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"vae_steps": 3}, "vae was trained with other settings: steps is 2 there, 3 here"),
+        ({"reader_steps": 3}, "extractor was trained with other settings: steps is 2 there, 3 here"),
+        (
+            {"cycles": ((2, 1e-3), (1, 2e-3))},
+            r"cycle-2 was trained with other settings: cycles is \[\[2, 0.001\], \[1, 0",
+        ),
+        ({"num_images": 65}, "vae was trained with other settings: num_images is 64 there, 65 here"),
+    ],
+)
+def test_a_stage_of_other_settings_is_refused(
+    folder: Path, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], said: str
+) -> None:
+    for name in STAGES:
+        monkeypatch.setattr(tiny_text, name, refuse)
+    asked = {"num_images": 64, "reader_steps": 2, "vae_steps": 2, "cycles": CYCLES} | changes
+    with pytest.raises(CheckpointError, match=said):
+        build_tiny_text(folder.name, tmp_path / "new", **asked, num_reference=70, work=work, num_samples=4)
+    assert not (tmp_path / "new").exists()
+
+
+def test_stages_that_the_output_holds_are_used(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An output without its pipeline, and no work folder: autoencoder and reader are those of the output."""
+    for name in ("train_vae", "train_reader", "measure_autoencoder"):
+        monkeypatch.setattr(tiny_text, name, refuse)
+    for name in ("vae", "extractor"):
+        shutil.copytree(folder / name, tmp_path / folder.name / name)
+    build(folder.name, tmp_path / folder.name, tmp_path / "work")
+    for path in folder.rglob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / folder.name / path.relative_to(folder)).read_bytes(), path
+
+
+def test_the_product_is_measured(folder: Path, work: Path) -> None:
+    measured = json.loads((folder / "measured.json").read_text())
+    expected = ["real images", "reconstructions"]
+    expected += [f"samples after cycle {cycle}, scale {scale}" for cycle in (1, 2) for scale in (1, 3)]
+    assert list(measured) == expected
+    assert all(0 <= share <= 1 for shares in measured.values() for share in shares.values())
+    assert set(measured["real images"]) == {"one object", "two objects"}
+    assert (work / folder.name / "cycle-2" / "measured.json").is_file()
+    card = (folder / "README.md").read_text()
+    assert f"# tiny-{folder.name}" in card and all(f"| {name} |" in card for name in expected)
+    assert f"agd_lib.tiny_text {folder.name} --output data/tiny-{folder.name}" in card
+
+
+def test_shares_are_told_apart_by_the_number_of_objects(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, scenes = make_scenes(0, 40)
+    pairs = torch.tensor([len(scene.objects) == 2 for scene in scenes])
+    monkeypatch.setattr(tiny_text, "fulfilled", lambda *_: pairs)
+    shares = tiny_text.shares_fulfilled(None, images, scenes)  # type: ignore[arg-type]
+    assert shares == {"one object": 0.0, "two objects": 1.0}
+    monkeypatch.setattr(tiny_text, "fulfilled", lambda *_: pairs[pairs])
+    alone = [scene for scene in scenes if len(scene.objects) == 2]
+    assert tiny_text.shares_fulfilled(None, images, alone) == {"two objects": 1.0}  # type: ignore[arg-type]
+
+
+def test_samples_are_measured_at_each_scale_from_their_captions(
+    tokenizer: CLIPTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def spy(base: Any, conditions: Any, guidance: Any, steps: int, **_: Any) -> Any:
+        asked.append((list(conditions), guidance.scale, steps))
+        return iter([torch.zeros(len(conditions), 4, 8, 8)])
+
+    monkeypatch.setattr(tiny_text, "generate", spy)
+    reader = tiny_text.AttributeReader(feature_dim=16, width=8).eval()
+    shares = tiny_text.measure_denoiser(SD21Denoiser(tokenizer), new_vae(), tokenizer, reader, 3)
+    captions = [caption(draw_scene(tiny_text.HELD_OUT_SEED, index)) for index in range(3)]
+    assert asked == [(captions, 1.0, 20), (captions, 3.0, 20)] and list(shares) == ["scale 1", "scale 3"]
+
+
+def test_no_configuration_tells_where_it_was_made(folder: Path, work: Path) -> None:
+    assert not [path for path in folder.rglob("*.json") if str(work.parent) in path.read_text()]
+
+
+def test_a_build_that_is_interrupted_within_a_cycle_resumes_to_the_same_result(
     work: Path, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("vae", "extractor"):
-        tiny_text._copy(work / name, tmp_path / "work" / name)
-    train = tiny_text.train_denoiser
-    calls: list[int] = []
+        shutil.copytree(work / name, tmp_path / "work" / name)
+    write = cycles.Checkpoint.write
+    checkpoints = []
 
-    def interrupted(*args: Any, **kwargs: Any) -> Any:
-        calls.append(kwargs["seed"])
-        if calls == [0, 1]:
+    def interrupted(self: Any, tensors: Any) -> None:
+        write(self, tensors)
+        checkpoints.append(self.folder.name)
+        if len(checkpoints) == 1:
             raise KeyboardInterrupt
-        return train(*args, **kwargs)
 
-    monkeypatch.setattr(tiny_text, "train_denoiser", interrupted)
+    monkeypatch.setattr(cycles.Checkpoint, "write", interrupted)
+    monkeypatch.setattr(cycles.Checkpoint.__init__, "__defaults__", (1,))
     output = tmp_path / folder.name
     with pytest.raises(KeyboardInterrupt):
         build(folder.name, output, tmp_path / "work")
-    assert not (output / "model_index.json").exists()
+    assert not output.exists()
+    assert (tmp_path / "work" / folder.name / "cycle-1-unfinished").exists()
     build(folder.name, output, tmp_path / "work")
-    assert calls == [0, 1, 1]
+    assert checkpoints == ["cycle-1-unfinished"] * 2 + ["cycle-2-unfinished"]
+    assert not list((tmp_path / "work" / folder.name).glob("*unfinished"))
     for path in folder.rglob("*.safetensors"):
         assert path.read_bytes() == (output / path.relative_to(folder)).read_bytes(), path
