@@ -31,21 +31,30 @@ def cfg_combine(unconditional: Tensor, conditional: Tensor, scale: Tensor) -> Te
 
     Args:
         unconditional, conditional: (B, C, H, W), the model's two predictions, in any one prediction type.
-        scale: w, one value per sample (B,), or a scalar tensor.
+        scale: w, one value per sample (B,), or a scalar tensor; in float32 also where the predictions are not, since
+            bfloat16 rounds 4.01 to 4.
+
+    Returns:
+        (B, C, H, W) in the dtype of the predictions, each operation rounded to it, as with a number for w.
     """
-    if scale.ndim == 1:
-        scale = scale.view(-1, *([1] * (conditional.ndim - 1)))
-    return unconditional + scale * (conditional - unconditional)
+    scale = scale.view(
+        -1, *([1] * (conditional.ndim - 1))
+    )  # a scalar tensor would be rounded to the predictions' dtype
+    difference = conditional - unconditional
+    return unconditional + (scale * difference).to(difference.dtype)
 
 
 def scale_at(scale: Scale, timestep: int, batch_size: int, like: Tensor) -> Tensor:
-    """The scale of every sample at a timestep, as a tensor (B,) on the device and in the dtype of ``like``.
+    """The scale of every sample at a timestep, as a tensor (B,) on the device of ``like``.
+
+    It is in float32, whatever the latents' dtype (float64 for those in float64): bfloat16 rounds 4.01 to 4.
 
     Raises:
         ValueError: if a scale is negative, NaN or infinite, or a per-sample tensor has another length than the batch.
     """
     value = scale(timestep) if callable(scale) else scale
-    tensor = torch.as_tensor(value, device=like.device, dtype=like.dtype)
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    tensor = torch.as_tensor(value, device=like.device, dtype=dtype)
     if tensor.ndim == 0:
         tensor = tensor.expand(batch_size)
     if tensor.shape != (batch_size,):
@@ -151,6 +160,5 @@ class AGD:
 
     def predict(self, base: BaseModel, latents: Tensor, timestep: float, condition: Condition) -> Tensor:
         self.adapters.check_attached(base)
-        like = torch.empty(0, device=latents.device)  # float32, whatever the model's dtype: bfloat16 rounds 4.01 to 4
-        with self.adapters.guided_by(scale_at(self.scale, int(timestep), len(latents), like)):
+        with self.adapters.guided_by(scale_at(self.scale, int(timestep), len(latents), latents)):
             return base.denoise(latents, timestep, condition)

@@ -123,7 +123,7 @@ def collect_batch(base: BaseModel, plan: CollectionPlan, indices: Sequence[int])
 
     Returns:
         Rows in the order of the trajectories, then of the steps: ``latents`` (as the denoiser saw them, after the
-        scheduler's input scaling if it has one) and ``target`` (R, C, H, W), ``timestep`` (R,) int64 (the whole part),
+        scheduler's input scaling if it has one) and ``target`` (R, C, H, W), ``timestep`` (R,) int64,
         ``guidance_scale`` (R,) float32, ``condition`` (R,) int64 (index into ``plan.conditions``), and ``signal`` (R,)
         float32: the mean square of what guidance adds, ``target - conditional prediction``.
     """
@@ -169,7 +169,7 @@ class _RecordingCFG:
     def predict(self, base: BaseModel, latents: Tensor, timestep: float, condition: Condition) -> Tensor:
         conditional, unconditional = self.cfg.both(base, latents, timestep, condition)
         self.latents = latents
-        target = self.cfg.combine(unconditional, conditional, self.scales.to(latents.dtype))
+        target = self.cfg.combine(unconditional, conditional, self.scales)
         self.signal = (target - conditional).float().square().flatten(1).mean(dim=1)
         return target
 
@@ -191,8 +191,8 @@ def collect(
         StoreError: if the folder holds a store with another plan or of another base model, or damaged shards; if a
             prediction is NaN or infinite, also after rounding to the plan's dtype.
         WriteError: if the disk is full.
-        ValueError: for an unknown condition, more guided channels than the latents have, or a number of steps that the
-            scheduler cannot make.
+        ValueError: for an unknown condition, more guided channels than the latents have, a number of steps that the
+            scheduler cannot make, or a scheduler whose timesteps are not whole numbers.
     """
     folder = Path(folder)
     _check_plan(base, plan)
@@ -260,6 +260,14 @@ def _check_plan(base: BaseModel, plan: CollectionPlan) -> None:
         raise ValueError(
             f"{type(scheduler).__name__} makes {len(scheduler.timesteps)} calls of the denoiser for {steps} steps, expected "
             "one a step: give the pipeline another scheduler, such as DDIMScheduler"
+        )
+    timesteps = torch.as_tensor(scheduler.timesteps)
+    fractional = timesteps[timesteps % 1 != 0]
+    if len(fractional):
+        raise ValueError(
+            f"{type(scheduler).__name__} places {len(fractional)} of {steps} steps between the timesteps (such as "
+            f"{fractional[0].item():g}), expected whole numbers, which a store keeps: give the pipeline a scheduler with "
+            'timestep_spacing="leading" or "trailing" and without Karras sigmas, such as DDIMScheduler'
         )
 
 

@@ -99,7 +99,20 @@ def test_scale_at_gives_one_value_per_sample_like_the_latents() -> None:
     assert scale_at(4, 0, 3, like).tolist() == [4.0, 4.0, 4.0]
     assert scale_at(torch.tensor([1.0, 2.0]), 0, 2, like).tolist() == [1.0, 2.0]
     assert scale_at(lambda timestep: timestep / 100, 250, 2, like).tolist() == [2.5, 2.5]
-    assert scale_at(4, 0, 3, like).dtype == torch.float16
+    assert scale_at(4.01, 0, 3, like).tolist() == torch.tensor([4.01] * 3).tolist()  # in float32, whatever the latents
+    assert scale_at(4, 0, 3, torch.zeros(1, dtype=torch.float64)).dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scales_are_not_rounded_to_the_predictions(dtype: torch.dtype) -> None:
+    """A tensor of scales gives to the bit what a Python number gives."""
+    unconditional, conditional = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    expected = unconditional + 4.01 * (conditional - unconditional)
+    for scale in (torch.tensor(4.01), torch.full((3,), 4.01)):
+        combined = cfg_combine(unconditional, conditional, scale)
+        assert combined.dtype == dtype and torch.equal(combined, expected)
+    if dtype == torch.bfloat16:
+        assert not torch.equal(unconditional + 4.0 * (conditional - unconditional), expected)
 
 
 @pytest.mark.parametrize(
