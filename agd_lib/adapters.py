@@ -220,8 +220,9 @@ class CrossAttentionAdapter(Adapter):
 class SharedCode(nn.Module):
     """One code of (scale, timestep, class or prompt) for all adapters of a set: (B, d), and (B, L, d) for prompts.
 
-    The code of a whole prompt sees the mean of its tokens, the code of a token sees that token. The paper's adapters each have a network of their own for this, a third of their parameters; the inputs are the same
-    everywhere, so an extension's adapters share one.
+    The code of a whole prompt sees the mean of its tokens, the code of a token sees that token. The paper's adapters each
+    have a network of their own for this, a third of their parameters; the inputs are the same everywhere, so an
+    extension's adapters share one.
     """
 
     def __init__(self, sizes: AdapterSizes) -> None:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import ADAPTERS, Adapter, AdapterSizes, ModulatedAdapter, SharedCode
-from .base_models import BaseModel, Site
+from .base_models import BaseModel, DiTBase, Site, StableDiffusionXLBase
 from .errors import AdapterError
 from .guidance import Scale, scale_at
 from .project import DATA, display_path
@@ -121,7 +121,7 @@ class AdapterSet(nn.Module):
 
         Args:
             kind: ``"offset"`` or ``"cross-attention"`` (the paper's), or ``"modulated"`` (an extension).
-            hidden_size: d; the paper uses 256 for DiT-XL/2.
+            hidden_size: d; the paper uses 256 for DiT-XL/2, its code 320 for the UNets of SD 2.1 and SDXL.
             guidance_range: (w_min, w_max) that they will be trained on.
             guided_channels: latent channels that the teacher guides; None: all.
             use_timestep, use_condition: whether the adapters see the timestep, and the class or prompt.
@@ -401,10 +401,12 @@ def find_adapters(base: BaseModel, run: str | Path, kind: str) -> Path:
     for place in places:
         if (place / CONFIG_NAME).is_file():
             return place
+    lessons = {DiTBase: "03_train_dit_adapters", StableDiffusionXLBase: "05_train_sdxl_adapters"}
+    lesson = next((name for known, name in lessons.items() if isinstance(base, known)), "04_train_sd21_adapters")
     raise AdapterError(
         f"found no trained {kind} adapters for {base.name}, neither in {display_path(places[0])} (this run's own) nor in "
         f"{display_path(places[1])} (shipped). Train them: run notebooks/02_collect_trajectories.ipynb and then "
-        f"notebooks/03_train_dit_adapters.ipynb with the same base_name and run_dir"
+        f"notebooks/{lesson}.ipynb with the same base_name and run_dir"
     )
 
 

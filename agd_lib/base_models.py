@@ -112,6 +112,14 @@ class BaseModel(ABC):
     def null_condition(self, batch_size: int) -> Condition:
         """The condition of the unconditional branch."""
 
+    @contextmanager
+    def null_kept_in(self, kept: Condition) -> Iterator[None]:
+        """Inside the block the null condition is taken from ``kept``, and encoded into it if that is empty.
+
+        So a sampling run encodes it once, and never uses one that was encoded before the text encoder changed.
+        """
+        yield
+
     @abstractmethod
     def all_conditions(self) -> list[Any]:
         """Every condition that the model knows (the classes).
@@ -194,8 +202,15 @@ class BaseModel(ABC):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) to images (B, 3, H, W), float32 in [0, 1]."""
-        unscaled = latents.to(self.vae.dtype) * (1 / self.vae.config.scaling_factor)  # rounds as DiTPipeline does
-        return (self.vae.decode(unscaled).sample / 2 + 0.5).clamp(0, 1).float()
+        return (self.vae.decode(self._unscaled(latents.to(self.vae.dtype))).sample / 2 + 0.5).clamp(0, 1).float()
+
+    def _unscaled(self, latents: Tensor) -> Tensor:
+        """Latents as the autoencoder takes them."""
+        return latents * (1 / self.vae.config.scaling_factor)  # rounds as DiTPipeline does
+
+    def _scaled(self, latents: Tensor) -> Tensor:
+        """The autoencoder's latents as the denoiser takes them: the reverse of :meth:`_unscaled`."""
+        return latents * self.vae.config.scaling_factor
 
     @torch.no_grad()
     def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -204,13 +219,14 @@ class BaseModel(ABC):
         They are drawn from the autoencoder's posterior with ``generator``.
         """
         posterior = self.vae.encode((images * 2 - 1).to(self.device, self.vae.dtype)).latent_dist
-        return posterior.sample(generator) * self.vae.config.scaling_factor
+        return self._scaled(posterior.sample(generator))
 
     def clean_estimate(self, latents: Tensor, prediction: Tensor, timestep: int) -> Tensor:
         """The clean latents that a prediction at x_t stands for: the model's guess of where the trajectory ends.
 
         Args:
-            latents: x_t, (B, C, H, W), as the denoiser sees it (after the scheduler's input scaling if it has one).
+            latents: x_t, (B, C, H, W), as the denoiser sees it: after the scheduler's input scaling if it has one, such as
+                ``SamplerStep.model_input``.
             prediction: the same shape, in :attr:`prediction_type`. timestep: t.
         """
         alpha_bar = self.scheduler.alphas_cumprod[timestep].to(latents.device, torch.float32)
@@ -227,20 +243,39 @@ class BaseModel(ABC):
     def fingerprint(self) -> str:
         """Hex digest of the denoiser's configuration and of a fixed sample of its weights, rounded to bfloat16.
 
-        Tells base models apart, also fine-tuned from one another; float32 and bfloat16 copies of one agree. A model on
-        the meta device has no weights to tell apart: ``"meta"``.
+        Of a text-to-image model the weights of its text encoders are in it too. Tells base models apart, also fine-tuned
+        from one another; float32 and bfloat16 copies of one agree. A model on the meta device has no weights to tell
+        apart: ``"meta"``.
         """
         if self.device.type == "meta":
             return "meta"
         digest = hashlib.sha256()
-        config = {k: v for k, v in self.denoiser.config.items() if not k.startswith("_")}
-        digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+        digest.update(_plain_config(self.denoiser).encode())
         digest.update(self.prediction_type.encode())
-        for name, parameter in sorted(self.denoiser.named_parameters()):
-            stride = max(1, parameter.numel() // 64)
-            values = parameter.detach().flatten()[::stride][:64].to("cpu", torch.bfloat16)
-            digest.update(f"{name}{tuple(parameter.shape)}".encode() + values.view(torch.int16).numpy().tobytes())
+        for module in (self.denoiser, *self._text_encoders()):
+            for part in _weight_sample(module):
+                digest.update(part)
         return digest.hexdigest()[:32]
+
+    def decoder_fingerprint(self) -> str | None:
+        """The same of the autoencoder, with its configuration. None where an autoencoder belongs to one denoiser only."""
+        return None
+
+    def _text_encoders(self) -> list[nn.Module]:
+        return []
+
+
+def _plain_config(module: Any) -> str:
+    config = {k: v for k, v in module.config.items() if not k.startswith("_")}
+    return json.dumps(config, sort_keys=True, default=str)
+
+
+def _weight_sample(module: nn.Module) -> Iterator[bytes]:
+    """Name, shape and up to 64 values, rounded to bfloat16, of every parameter."""
+    for name, parameter in sorted(module.named_parameters()):
+        stride = max(1, parameter.numel() // 64)
+        values = parameter.detach().flatten()[::stride][:64].to("cpu", torch.bfloat16)
+        yield f"{name}{tuple(parameter.shape)}".encode() + values.view(torch.int16).numpy().tobytes()
 
 
 class DiTBase(BaseModel):
@@ -334,13 +369,14 @@ class StableDiffusionBase(BaseModel):
     def __init__(self, pipeline: Any, name: str, revision: str | None = None) -> None:
         super().__init__(pipeline, name, revision)
         self.denoiser = pipeline.unet
-        self._null: tuple[tuple[torch.device, torch.dtype], Condition] | None = None
+        self._null: Condition | None = None
 
     @torch.no_grad()
     def encode(self, conditions: Sequence[Any]) -> Condition:
         """Prompts -> :data:`Condition`, as the pipeline's own ``encode_prompt`` encodes them.
 
-        A prompt may be empty; of one that is too long for the text encoder the end is cut off, with a warning.
+        They are encoded in groups of 32, so that memory does not grow with their number beyond the result. A prompt may be
+        empty; of one that is too long for the text encoder the end is cut off, with a warning.
 
         Raises:
             ValueError: if there is no prompt, or one is not a str.
@@ -364,6 +400,16 @@ class StableDiffusionBase(BaseModel):
     def _tokenizers(self) -> list[Any]:
         return [self.pipeline.tokenizer]
 
+    def _text_encoders(self) -> list[nn.Module]:
+        return [self.pipeline.text_encoder]
+
+    def decoder_fingerprint(self) -> str | None:
+        """See :meth:`BaseModel.decoder_fingerprint`; text-to-image models are used with autoencoders of others."""
+        digest = hashlib.sha256(_plain_config(self.vae).encode())
+        for part in _weight_sample(self.vae):
+            digest.update(part)
+        return digest.hexdigest()[:32]
+
     def _warn_of_cut_prompts(self, prompts: list[str]) -> None:
         for prompt in dict.fromkeys(prompts):
             for tokenizer in self._tokenizers():
@@ -377,11 +423,20 @@ class StableDiffusionBase(BaseModel):
                     break
 
     def null_condition(self, batch_size: int) -> Condition:
-        """The empty prompt, encoded once."""
-        place = (self.device, self.dtype)
-        if self._null is None or self._null[0] != place:
-            self._null = place, self._encode_null()
-        return {name: value.expand(batch_size, *value.shape[1:]) for name, value in self._null[1].items()}
+        """The empty prompt, encoded anew at every call outside :meth:`null_kept_in`: text encoders can be fine-tuned."""
+        null = self._null if self._null is not None else {}
+        if not null:
+            null.update(self._encode_null())
+        return {name: value.expand(batch_size, *value.shape[1:]) for name, value in null.items()}
+
+    @contextmanager
+    def null_kept_in(self, kept: Condition) -> Iterator[None]:
+        """See :meth:`BaseModel.null_kept_in`."""
+        before, self._null = self._null, kept
+        try:
+            yield
+        finally:
+            self._null = before
 
     def _encode_null(self) -> Condition:
         return self.encode([""])
@@ -440,31 +495,9 @@ class StableDiffusionBase(BaseModel):
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.denoiser.parameters())
 
-    @contextmanager
-    def _vae_that_does_not_overflow(self) -> Iterator[None]:
-        """The autoencoder in float32 inside the block, if it is one that overflows in float16 and is in float16."""
-        dtype = self.vae.dtype
-        upcast = dtype == torch.float16 and self.vae.config.force_upcast
-        if upcast:
-            self.vae.to(torch.float32)
-        try:
-            yield
-        finally:
-            if upcast:
-                self.vae.to(dtype)
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, h, w) to images (B, 3, H, W), float32 in [0, 1]."""
-        with self._vae_that_does_not_overflow():
-            # divided, as these pipelines do; DiTPipeline multiplies, which rounds otherwise
-            images = self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
-        return (images / 2 + 0.5).clamp(0, 1).float()
-
-    def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """See :meth:`BaseModel.encode_images`."""
-        with self._vae_that_does_not_overflow():
-            return super().encode_images(images, generator)
+    def _unscaled(self, latents: Tensor) -> Tensor:
+        # divided, as these pipelines do; DiTPipeline multiplies, which rounds otherwise
+        return latents / self.vae.config.scaling_factor
 
 
 class StableDiffusionXLBase(StableDiffusionBase):
@@ -491,6 +524,9 @@ class StableDiffusionXLBase(StableDiffusionBase):
     def _tokenizers(self) -> list[Any]:
         return [self.pipeline.tokenizer, self.pipeline.tokenizer_2]
 
+    def _text_encoders(self) -> list[nn.Module]:
+        return [self.pipeline.text_encoder, self.pipeline.text_encoder_2]
+
     def _encode_null(self) -> Condition:
         """The empty prompt; zeros in its place where the pipeline says so, as SDXL's does."""
         null = self.encode([""])
@@ -506,6 +542,49 @@ class StableDiffusionXLBase(StableDiffusionBase):
     def call_arguments(self, condition: Condition) -> dict[str, Any]:
         added = {name: condition[name].to(self.dtype) for name in ("text_embeds", "time_ids")}
         return super().call_arguments(condition) | {"added_cond_kwargs": added}
+
+    def _latent_statistics(self, like: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Mean and standard deviation (1, C, 1, 1) of the latents, of autoencoders that have them (Playground's)."""
+        mean, std = (getattr(self.vae.config, name, None) for name in ("latents_mean", "latents_std"))
+        if mean is None or std is None:
+            return None
+        shape = (1, -1, 1, 1)
+        return like.new_tensor(mean).view(shape), like.new_tensor(std).view(shape)
+
+    def _unscaled(self, latents: Tensor) -> Tensor:
+        if (statistics := self._latent_statistics(latents)) is None:
+            return super()._unscaled(latents)
+        mean, std = statistics
+        return latents * std / self.vae.config.scaling_factor + mean
+
+    def _scaled(self, latents: Tensor) -> Tensor:
+        if (statistics := self._latent_statistics(latents)) is None:
+            return super()._scaled(latents)
+        mean, std = statistics
+        return (latents - mean) * self.vae.config.scaling_factor / std
+
+    @contextmanager
+    def _vae_that_does_not_overflow(self) -> Iterator[None]:
+        """The autoencoder in float32 inside the block, if it is one that overflows in float16 and is in float16."""
+        dtype = self.vae.dtype
+        upcast = dtype == torch.float16 and self.vae.config.force_upcast
+        if upcast:
+            self.vae.to(torch.float32)
+        try:
+            yield
+        finally:
+            if upcast:
+                self.vae.to(dtype)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """See :meth:`BaseModel.decode`."""
+        with self._vae_that_does_not_overflow():
+            return super().decode(latents)
+
+    def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """See :meth:`BaseModel.encode_images`."""
+        with self._vae_that_does_not_overflow():
+            return super().encode_images(images, generator)
 
 
 def base_from_pipeline(pipeline: Any, name: str = "pipeline", revision: str | None = None) -> BaseModel:
@@ -542,13 +621,14 @@ def load_base(
             ``.safetensors`` file in the form of Stable Diffusion's own code.
         device: where to put it. dtype: of its weights; targets are best collected in float32.
         revision: hub revision; by default the pinned one for a short name, else the repository's main one.
-        config: for a single file, which has weights only: a pipeline (folder or hub id) of the same architecture, for
-            the configuration and the tokenizer. By default the hub's for SDXL, SD 2.1 (v-prediction) or SD 1.5,
-            whichever the file's text encoder is of; ``revision`` is then of that repository.
+        config: for a single file, which has weights only: a pipeline (short name, folder or hub id) of the same
+            architecture and prediction type, for the configuration and the tokenizer. By default the hub's for SDXL or
+            SD 1.5, whichever the file's text encoder is of; ``revision`` is of that repository. A file that does not
+            tell its prediction type (SD 2.x), or is of another (SDXL with v-prediction or EDM), needs it.
 
     Raises:
-        BaseModelError: if there is no such model, it holds no safetensors, or it is of another kind. Pickled weights
-            are never loaded.
+        BaseModelError: if there is no such model, it holds no safetensors, it is of another kind, or a single file needs
+            ``config``. Pickled weights are never loaded.
         ValueError: for a ``config`` where there is no single file.
     """
     known = KNOWN_BASES.get(str(name))
@@ -587,16 +667,21 @@ def _load_folder_or_hub_id(source: str, dtype: torch.dtype, revision: str | None
         ) from error
 
 
-_SINGLE_FILES: dict[str, tuple[Any, KnownBase]] = {
+_SINGLE_FILES: dict[str, tuple[Any, KnownBase | None]] = {
     "conditioner.embedders.1.": (StableDiffusionXLPipeline, KNOWN_BASES["sdxl"]),
-    # diffusers' own choice for this one is the repository that was withdrawn
-    "cond_stage_model.model.": (StableDiffusionPipeline, KNOWN_BASES["sd21"]),
+    "cond_stage_model.model.": (StableDiffusionPipeline, None),  # SD 2.x, of either prediction type
     "cond_stage_model.transformer.": (
         StableDiffusionPipeline,
-        KnownBase("stable-diffusion-v1-5/stable-diffusion-v1-5"),
+        KnownBase("stable-diffusion-v1-5/stable-diffusion-v1-5", "451f4fe16113bff5a5d2269ed5ad43b0592e9a14"),
     ),
 }
-"""How the text encoder's tensors are named in a single file -> pipeline, and where its configuration is."""
+"""How the text encoder's tensors are named in a single file -> pipeline, and where its configuration is.
+
+None where the file does not tell which of several it is.
+"""
+
+_OTHER_KINDS = {"v_pred": "v-prediction", "edm_mean": "EDM's preconditioning"}
+"""Keys by which a single file says that it is not of the usual kind of its architecture."""
 
 
 def _load_single_file(path: Path, dtype: torch.dtype, revision: str | None, config: str | Path | None) -> Any:
@@ -619,7 +704,22 @@ def _load_single_file(path: Path, dtype: torch.dtype, revision: str | None, conf
         )
     pipeline_class, known = found[0]
     if config is None:
-        config, revision = known.source, revision or known.revision
+        strange = [kind for key, kind in _OTHER_KINDS.items() if key in names]
+        if strange or known is None:
+            what = (
+                f"a model of {strange[0]}" if strange else "of Stable Diffusion 2, and does not tell what it predicts"
+            )
+            raise BaseModelError(
+                f"{path} is {what}: pass config=a pipeline (folder or hub id) of its architecture and prediction type"
+                + (
+                    ""
+                    if strange
+                    else ', such as config="sd21" for v-prediction (2.x at 768 pixels; the -base ones: epsilon)'
+                )
+            )
+    else:
+        known = KNOWN_BASES.get(str(config), KnownBase(str(config)))
+    config, revision = known.source, revision or known.revision
     try:
         with _quiet_diffusers():
             return pipeline_class.from_single_file(str(path), config=str(config), revision=revision, dtype=dtype)

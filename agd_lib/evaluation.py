@@ -7,6 +7,7 @@ never stands beside published FIDs. All distances come from clean-fid, precision
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 import warnings
 from collections.abc import Iterable, Sequence
@@ -314,7 +315,7 @@ def evaluate(
         latents_given = (unguided_latents, cfg_latents)
         inputs = _inputs(base, guidance, reference, (n, seed, num_inference_steps), max_reference, latents_given)
         if own_conditions:
-            inputs["conditions"] = _digest(map(str, conditions))
+            inputs["conditions"] = _digest([json.dumps(conditions, default=str)])
         file = Path(keep) / f"{adapter or kind}-{scale:g}-seed{seed}.json"
         kept = _read_kept(file, inputs)
         if kept is not None:
@@ -396,7 +397,7 @@ def _inputs(
         "samples": list(samples),
         "reference": [reference.extractor, max_reference, _digest([reference.mean, reference.covariance])],
         "latents": [None if given is None else _digest([given]) for given in latents],
-    }
+    } | ({} if base.decoder_fingerprint() is None else {"decoder": base.decoder_fingerprint()})
 
 
 def _digest(parts: Iterable[Any]) -> str:

@@ -32,6 +32,7 @@ class SamplerStep:
         index: 0 for the first (noisiest) step.
         timestep: t, from ``num_train_timesteps - 1`` down to 0; without its fraction, where the scheduler's has one.
         latents: x_t, (B, C, H, W), before the step.
+        model_input: x_t as the denoiser saw it, (B, C, H, W): after the scheduler's input scaling if it has one.
         prediction: the guided prediction at x_t, (B, C, H, W).
         next_latents: after the step; of the last step: the sample.
     """
@@ -39,6 +40,7 @@ class SamplerStep:
     index: int
     timestep: int
     latents: Tensor
+    model_input: Tensor
     prediction: Tensor
     next_latents: Tensor
 
@@ -102,11 +104,13 @@ def sample(
     step_arguments = {}
     if generators is not None and "generator" in inspect.signature(scheduler.step).parameters:
         step_arguments["generator"] = list(generators)
+    null: Condition = {}
     for index, timestep in enumerate(scheduler.timesteps):
         model_input = scheduler.scale_model_input(latents, timestep)
-        prediction = guidance.predict(base, model_input, timestep.item(), condition)
+        with base.null_kept_in(null):
+            prediction = guidance.predict(base, model_input, timestep.item(), condition)
         next_latents = scheduler.step(prediction, timestep, latents, **step_arguments).prev_sample
-        yield SamplerStep(index, int(timestep), latents, prediction, next_latents)
+        yield SamplerStep(index, int(timestep), latents, model_input, prediction, next_latents)
         latents = next_latents
 
 

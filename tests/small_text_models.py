@@ -62,7 +62,7 @@ def _text_config(tokenizer: CLIPTokenizer, width: int, **changes: Any) -> CLIPTe
     return CLIPTextConfig(**settings | changes)
 
 
-def _vae(scaling_factor: float, force_upcast: bool) -> AutoencoderKL:
+def _vae(scaling_factor: float) -> AutoencoderKL:
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -72,7 +72,6 @@ def _vae(scaling_factor: float, force_upcast: bool) -> AutoencoderKL:
         norm_num_groups=4,
         sample_size=64,
         scaling_factor=scaling_factor,
-        force_upcast=force_upcast,
     )
 
 
@@ -108,7 +107,7 @@ def build_sd_pipeline(folder: Path, seed: int = 0, prediction_type: str = "v_pre
         upcast_attention=True,
     )
     pipeline = StableDiffusionPipeline(
-        vae=_vae(0.18215, force_upcast=False),
+        vae=_vae(0.18215),
         text_encoder=CLIPTextModel(_text_config(tokenizer, 12)),
         tokenizer=tokenizer,
         unet=unet,
@@ -148,7 +147,7 @@ def build_sdxl_pipeline(folder: Path, seed: int = 0, zeros_for_empty: bool = Tru
         projection_class_embeddings_input_dim=6 * 4 + 10,
     )
     pipeline = StableDiffusionXLPipeline(
-        vae=_vae(0.13025, force_upcast=True),
+        vae=_vae(0.13025),
         text_encoder=CLIPTextModel(_text_config(first, 8, hidden_act="quick_gelu")),
         text_encoder_2=CLIPTextModelWithProjection(_text_config(second, 12, projection_dim=10)),
         tokenizer=first,

