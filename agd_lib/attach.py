@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import ADAPTERS, Adapter, AdapterSizes, ModulatedAdapter, SharedCode
-from .base_models import BaseModel, Site
+from .base_models import BaseModel, Condition, Site
 from .errors import AdapterError
 from .guidance import Scale, scale_at
 from .project import DATA, display_path
@@ -101,7 +101,8 @@ class AdapterSet(nn.Module):
         self._scale: Scale | None = None
         self._base: BaseModel | None = None
         self._handles: list[Any] = []
-        self._conditions: dict[str, Any] | None = None
+        self._call: tuple[Tensor, Condition] | None = None  # of a forward pass that has not reached its blocks
+        self._conditions: dict[str, Any] | None = None  # of one that has
 
     @classmethod
     def create(
@@ -203,9 +204,13 @@ class AdapterSet(nn.Module):
             warnings.warn("this base model carried adapters already; they were removed", stacklevel=2)
             previous.remove()
         self.remove()
-        self.to(base.device)
+        if base.device.type != "meta":  # where accelerate keeps the place of weights that it has offloaded
+            self.to(base.device)
         self._base = base
-        self._handles = [base.denoiser.register_forward_pre_hook(self._before_forward, with_kwargs=True)]
+        self._handles = [
+            base.denoiser.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            base.input_layer.register_forward_pre_hook(self._before_blocks),
+        ]
         for site, parts in base.attention_sites().items():
             if site in self.config.sites:
                 adapter = self._at(site)
@@ -222,7 +227,23 @@ class AdapterSet(nn.Module):
             handle.remove()
         if self._base is not None:
             _attached.pop(self._base.denoiser, None)
-        self._handles, self._base, self._conditions = [], None, None
+        self._handles, self._base, self._call, self._conditions = [], None, None, None
+
+    @contextmanager
+    def attached(self, base: BaseModel) -> Iterator[AdapterSet]:
+        """Inside the block the adapters are on ``base``; afterwards they are where they were before, if anywhere.
+
+        Raises:
+            AdapterError: if the base model does not fit; the message says in what.
+        """
+        before = self._base
+        self.attach(base)
+        try:
+            yield self
+        finally:
+            self.remove()
+            if before is not None:
+                self.attach(before)
 
     def check_attached(self, base: BaseModel) -> None:
         """Raises :class:`AdapterError` if these adapters are not on this very base model."""
@@ -251,11 +272,22 @@ class AdapterSet(nn.Module):
             self.enabled = before
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Compute, once per forward pass, what the adapters need besides their layer's tokens."""
-        self._conditions = None
-        if self._base is None or not self.enabled or self._scale is None:
+        """Keep what the denoiser is called with."""
+        self._call = self._conditions = None
+        if self._base is not None and self.enabled and self._scale is not None:
+            self._call = self._base.read_call(args, kwargs)
+
+    def _before_blocks(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Compute, once per forward pass, what the adapters need besides their layer's tokens.
+
+        They use the denoiser's own embedders: offloaded ones are on the device of the call by now, no sooner.
+        """
+        if self._call is None:
             return
-        timestep, condition = self._base.read_call(args, kwargs)
+        assert self._base is not None and self._scale is not None
+        (timestep, condition), self._call = self._call, None
+        if next(self.parameters()).device != timestep.device:
+            self.to(timestep.device)
         batch_size = len(next(iter(condition.values())))
         weight = next(self.parameters())
         like = torch.empty(0, device=weight.device)
