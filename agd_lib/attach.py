@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -398,6 +399,34 @@ class AdapterSet(nn.Module):
             write_json(temporary / CONFIG_NAME, asdict(self.config))
             (temporary / CARD_NAME).write_text(card or default_card(self.config), encoding="utf-8")
 
+    def push_to_hub(self, repo_id: str, card: str = "", private: bool = False) -> str:
+        """Upload what :meth:`save_pretrained` writes to the hub; the repository is made if there is none.
+
+        Args:
+            repo_id: the hub id (owner/name), to be given to :meth:`from_pretrained`. card: see :meth:`save_pretrained`.
+            private: whether a repository that is made here is private.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            AdapterError: if the hub refuses or cannot be reached.
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        with TemporaryDirectory() as folder:
+            written = Path(folder) / "adapters"
+            self.save_pretrained(written, card)
+            try:
+                api.create_repo(repo_id, private=private, exist_ok=True)
+                return str(api.upload_folder(repo_id=repo_id, folder_path=written, commit_message="AGD adapters"))
+            except Exception as error:  # the hub client raises many kinds
+                raise AdapterError(
+                    f"could not push the adapters to {repo_id!r}: {error}. It takes the network, a name of the form "
+                    "owner/name, and a token that may write there: hf auth login"
+                ) from error
+
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu") -> AdapterSet:
         """Load adapters from a folder that :meth:`save_pretrained` wrote, or from a hub id.
@@ -455,7 +484,10 @@ def default_card(config: AdapterConfig) -> str:
         f"# AGD adapters ({config.kind}) for {config.base_name}\n\n"
         f"Classifier-free guidance in one forward pass a step, for scales {low:g} to {high:g}.\n\n"
         "```python\nfrom agd_lib import AGD, AdapterSet, load_base\n\n"
-        f'base = load_base("{config.base_name}")\nadapters = AdapterSet.from_pretrained("this folder").attach(base)\n```\n'
+        f'base = load_base("{config.base_name}")\nadapters = AdapterSet.from_pretrained("this folder").attach(base)\n```\n\n'
+        "Or in a diffusers pipeline of your own:\n\n"
+        "```python\nfrom agd_lib import load_agd\n\n"
+        f'load_agd(pipe, "this folder")\nimages = pipe(..., guidance_scale={(low + high) / 2:g}).images\n```\n'
     )
 
 
