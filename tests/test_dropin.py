@@ -34,7 +34,7 @@ from small_models import build_dit_pipeline, randomise
 from small_text_models import build_sd_pipeline, build_sdxl_pipeline
 from torch import Tensor
 
-from agd_lib import AGD, AdapterSet, GuidanceInterval, base_from_pipeline, load_agd, sample
+from agd_lib import AGD, AdapterSet, GuidanceInterval, attach, base_from_pipeline, load_agd, sample
 from agd_lib.base_models import BaseModel
 from agd_lib.dropin import PIPELINES
 from agd_lib.errors import AdapterError, BaseModelError
@@ -68,8 +68,9 @@ def denoiser(pipe: Any) -> Any:
 
 
 def base_of(pipe: Any) -> BaseModel:
-    """The base model of an unguided pipeline of any class, frozen or not."""
-    return PIPELINES[type(pipe)](pipe, "small")
+    """The base model of a pipeline of any class, frozen or not."""
+    base_class = next(base_class for kind, base_class in PIPELINES.items() if isinstance(pipe, kind))
+    return base_class(pipe, "small")
 
 
 def trained(pipe: Any, kind: str = "cross-attention", **settings: Any) -> AdapterSet:
@@ -124,12 +125,12 @@ def far(one: Tensor, other: Tensor) -> bool:
 
 @pytest.fixture
 def sd(tmp_path: Path) -> StableDiffusionPipeline:
-    return build(StableDiffusionPipeline, tmp_path)
+    return build(StableDiffusionPipeline, tmp_path / "sd")
 
 
 @pytest.fixture
 def xl(tmp_path: Path) -> StableDiffusionXLPipeline:
-    return build(StableDiffusionXLPipeline, tmp_path)
+    return build(StableDiffusionXLPipeline, tmp_path / "xl")
 
 
 @pytest.fixture
@@ -299,6 +300,7 @@ def test_a_scale_at_the_end_of_the_trained_range_does_not_warn(sd: StableDiffusi
     ],
     ids=["nan", "negative", "infinite", "schedule", "too many", "text", "none"],
 )
+@pytest.mark.filterwarnings("ignore:got guidance_scale -1.0 at timestep")
 def test_bad_scales_are_refused(sd: StableDiffusionPipeline, given: Any, message: str) -> None:
     load_agd(sd, trained(sd))
     with pytest.raises(ValueError, match=message):
@@ -537,8 +539,9 @@ def test_a_denoiser_that_is_offloaded_between_its_passes(kind: Any, tmp_path: Pa
     assert torch.equal(run(pipe, 3.0), expected)
 
 
-def test_adapters_follow_the_call_to_its_device(sd: StableDiffusionPipeline) -> None:
-    """There is one device here, so: to the shapes-only device and on, as far as a forward pass can tell."""
+def test_adapters_follow_the_call_to_its_device(sd: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is one true device here, so they follow to the one that has shapes only, and no values to be checked."""
+    monkeypatch.setattr(attach, "scale_at", lambda scale, t, count, like: like.new_full((count,), scale))
     adapters, base = trained(sd), base_of(sd)
     sd.unet.to("meta")
     with adapters.attached(base), adapters.guided_by(3.0):
@@ -551,8 +554,8 @@ def test_adapters_follow_the_call_to_its_device(sd: StableDiffusionPipeline) -> 
 @pytest.mark.parametrize("in_place", [True, False], ids=["in place", "wrapped"])
 def test_a_compiled_denoiser_runs_uncompiled_while_it_is_guided(in_place: bool) -> None:
     pipe = build_dit_pipeline(num_classes=1000, num_layers=1, names=None)
-    load_agd(pipe, trained(pipe))
-    unguided, guided = run(pipe, 1.0), run(pipe, 3.0)
+    adapters, unguided = trained(pipe), run(pipe, 1.0)
+    guided = run(load_agd(pipe, adapters).pipeline, 3.0)
     pipe.agd.unload()
     compiled: list[Any] = []
 
@@ -560,7 +563,6 @@ def test_a_compiled_denoiser_runs_uncompiled_while_it_is_guided(in_place: bool) 
         compiled.append(graph)
         return graph.forward
 
-    adapters = trained(pipe)
     if in_place:
         pipe.transformer.compile(backend=backend)
     else:
@@ -610,7 +612,8 @@ def test_with_lora(sd: StableDiffusionPipeline, when: str) -> None:
     without = run(sd, 3.0)
     sd.unet.enable_adapters()
     if when == "after":
-        assert torch.equal(without, alone) and far(with_lora, alone)
+        torch.testing.assert_close(without, alone, rtol=1e-4, atol=1e-5)  # peft by itself changes the last bits
+        assert far(with_lora, alone)
         sd.agd.unload()
     trainable = [p.requires_grad for p in sd.unet.parameters()]
     check_combines(sd, adapters, alone)
@@ -633,7 +636,7 @@ def test_with_ip_adapter(sd: StableDiffusionPipeline, adapter_kind: str) -> None
     for i, name in enumerate(cross):
         inner = sd.unet.get_submodule(name.removesuffix(".processor")).inner_dim
         for layer in ("to_k_ip", "to_v_ip"):
-            ip[f"{2 * i + 1}.{layer}.weight"] = torch.randn(inner, width, generator=generator) / 3
+            ip[f"{2 * i + 1}.{layer}.weight"] = torch.randn(inner, width, generator=generator)
     sd.load_ip_adapter({"image_proj": image_proj, "ip_adapter": ip}, "", "", image_encoder_folder=None)
     pictures = torch.randn(2, 1, 6, generator=generator)
     unguided, guided = ({"ip_adapter_image_embeds": [p]} for p in (pictures, torch.cat([0 * pictures, pictures])))
@@ -644,7 +647,7 @@ def test_with_ip_adapter(sd: StableDiffusionPipeline, adapter_kind: str) -> None
         both = run(sd, 3.0, **unguided)
     assert seen == [2] * STEPS
     assert far(both, without_agd) and far(both, alone)
-    assert far(both, run(sd, 3.0, ip_adapter_image_embeds=[pictures.flip(0)]))
+    assert far(both, run(sd, 3.0, ip_adapter_image_embeds=[0 * pictures]))
     with sd.agd.disabled():
         assert torch.equal(run(sd, 3.0, **guided), cfg)
     sd.agd.unload()
