@@ -71,7 +71,9 @@ def load_agd(pipeline: Any, adapters: str | Path | AdapterSet) -> LoadedAdapters
     a call warns.
 
     What only a second pass can do is refused, by a ``ValueError``: negative prompts (empty ones are fine) and
-    ``guidance_rescale``; so are scales that are negative, not finite, or not one per prompt.
+    ``guidance_rescale``; so are scales that are negative, not finite, or not one per prompt. What cannot be told apart
+    is not refused: ``ip_adapter_image_embeds`` must come without the negative half that two passes need, and a callback
+    cannot change the guidance by ``_guidance_scale`` (a schedule can).
 
     Args:
         pipeline: one of :data:`PIPELINES`. Adapters that it was given before are unloaded.
@@ -139,7 +141,7 @@ class _Guided:
 
 def _guided(kind: type) -> type:
     """The subclass of a pipeline's class whose calls are guided by the adapters in ``_agd_adapters``."""
-    pipeline_call: Callable[..., Any] = vars(kind).get("__call__", kind.__call__)
+    pipeline_call: Callable[..., Any] = kind.__call__
     signature = inspect.signature(pipeline_call)
 
     @functools.wraps(pipeline_call)
