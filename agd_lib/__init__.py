@@ -24,6 +24,7 @@ _NAMES = {
     "train": "training",
     "evaluate": "evaluation",
     "convert_authors_checkpoint": "convert",
+    "load_agd": "dropin",
 }
 
 __all__ = list(_NAMES)

@@ -17,13 +17,14 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .adapters import ADAPTERS, Adapter, AdapterSizes, ModulatedAdapter, SharedCode
-from .base_models import BaseModel, DiTBase, Site, StableDiffusionXLBase
+from .base_models import BaseModel, Condition, DiTBase, Site, StableDiffusionXLBase
 from .errors import AdapterError
 from .guidance import Scale, scale_at
 from .project import DATA, display_path
@@ -101,7 +102,8 @@ class AdapterSet(nn.Module):
         self._scale: Scale | None = None
         self._base: BaseModel | None = None
         self._handles: list[Any] = []
-        self._conditions: dict[str, Any] | None = None
+        self._call: tuple[Tensor, Condition] | None = None  # of a forward pass that has not reached its blocks
+        self._conditions: dict[str, Any] | None = None  # of one that has
 
     @classmethod
     def create(
@@ -203,9 +205,13 @@ class AdapterSet(nn.Module):
             warnings.warn("this base model carried adapters already; they were removed", stacklevel=2)
             previous.remove()
         self.remove()
-        self.to(base.device)
+        if base.device.type != "meta":  # where accelerate keeps the place of weights that it has offloaded
+            self.to(base.device)
         self._base = base
-        self._handles = [base.denoiser.register_forward_pre_hook(self._before_forward, with_kwargs=True)]
+        self._handles = [
+            base.denoiser.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            base.input_layer.register_forward_pre_hook(self._before_blocks),
+        ]
         for site, parts in base.attention_sites().items():
             if site in self.config.sites:
                 adapter = self._at(site)
@@ -222,7 +228,23 @@ class AdapterSet(nn.Module):
             handle.remove()
         if self._base is not None:
             _attached.pop(self._base.denoiser, None)
-        self._handles, self._base, self._conditions = [], None, None
+        self._handles, self._base, self._call, self._conditions = [], None, None, None
+
+    @contextmanager
+    def attached(self, base: BaseModel) -> Iterator[AdapterSet]:
+        """Inside the block the adapters are on ``base``; afterwards they are where they were before, if anywhere.
+
+        Raises:
+            AdapterError: if the base model does not fit; the message says in what.
+        """
+        before = self._base
+        self.attach(base)
+        try:
+            yield self
+        finally:
+            self.remove()
+            if before is not None:
+                self.attach(before)
 
     def check_attached(self, base: BaseModel) -> None:
         """Raises :class:`AdapterError` if these adapters are not on this very base model."""
@@ -251,11 +273,22 @@ class AdapterSet(nn.Module):
             self.enabled = before
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Compute, once per forward pass, what the adapters need besides their layer's tokens."""
-        self._conditions = None
-        if self._base is None or not self.enabled or self._scale is None:
+        """Keep what the denoiser is called with."""
+        self._call = self._conditions = None
+        if self._base is not None and self.enabled and self._scale is not None:
+            self._call = self._base.read_call(args, kwargs)
+
+    def _before_blocks(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Compute, once per forward pass, what the adapters need besides their layer's tokens.
+
+        They use the denoiser's own embedders: offloaded ones are on the device of the call by now, no sooner.
+        """
+        if self._call is None:
             return
-        timestep, condition = self._base.read_call(args, kwargs)
+        assert self._base is not None and self._scale is not None
+        (timestep, condition), self._call = self._call, None
+        if next(self.parameters()).device != timestep.device:
+            self.to(timestep.device)
         batch_size = len(next(iter(condition.values())))
         weight = next(self.parameters())
         like = torch.empty(0, device=weight.device)
@@ -366,6 +399,34 @@ class AdapterSet(nn.Module):
             write_json(temporary / CONFIG_NAME, asdict(self.config))
             (temporary / CARD_NAME).write_text(card or default_card(self.config), encoding="utf-8")
 
+    def push_to_hub(self, repo_id: str, card: str = "", private: bool = False) -> str:
+        """Upload what :meth:`save_pretrained` writes to the hub; the repository is made if there is none.
+
+        Args:
+            repo_id: the hub id (owner/name), to be given to :meth:`from_pretrained`. card: see :meth:`save_pretrained`.
+            private: whether a repository that is made here is private.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            AdapterError: if the hub refuses or cannot be reached.
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        with TemporaryDirectory() as folder:
+            written = Path(folder) / "adapters"
+            self.save_pretrained(written, card)
+            try:
+                api.create_repo(repo_id, private=private, exist_ok=True)
+                return str(api.upload_folder(repo_id=repo_id, folder_path=written, commit_message="AGD adapters"))
+            except Exception as error:  # the hub client raises many kinds
+                raise AdapterError(
+                    f"could not push the adapters to {repo_id!r}: {error}. It takes the network, a name of the form "
+                    "owner/name, and a token that may write there: hf auth login"
+                ) from error
+
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu") -> AdapterSet:
         """Load adapters from a folder that :meth:`save_pretrained` wrote, or from a hub id.
@@ -425,7 +486,10 @@ def default_card(config: AdapterConfig) -> str:
         f"# AGD adapters ({config.kind}) for {config.base_name}\n\n"
         f"Classifier-free guidance in one forward pass a step, for scales {low:g} to {high:g}.\n\n"
         "```python\nfrom agd_lib import AGD, AdapterSet, load_base\n\n"
-        f'base = load_base("{config.base_name}")\nadapters = AdapterSet.from_pretrained("this folder").attach(base)\n```\n'
+        f'base = load_base("{config.base_name}")\nadapters = AdapterSet.from_pretrained("this folder").attach(base)\n```\n\n'
+        "Or in a diffusers pipeline of your own:\n\n"
+        "```python\nfrom agd_lib import load_agd\n\n"
+        f'load_agd(pipe, "this folder")\nimages = pipe(..., guidance_scale={(low + high) / 2:g}).images\n```\n'
     )
 
 

@@ -84,7 +84,7 @@ class BaseModel(ABC):
     Attributes:
         name: short name, folder or hub id.
         revision: hub revision; None for a folder.
-        pipeline: the diffusers pipeline; its modules are in eval mode and need no gradients.
+        pipeline: the diffusers pipeline. (:func:`load_base` and :func:`base_from_pipeline` freeze its modules.)
         denoiser: the module that predicts noise (or velocity): a transformer or a UNet.
         scheduler: the pipeline's own scheduler.
         vae: the autoencoder.
@@ -98,9 +98,6 @@ class BaseModel(ABC):
         self.revision = revision
         self.scheduler = pipeline.scheduler
         self.vae = pipeline.vae
-        for component in pipeline.components.values():
-            if isinstance(component, nn.Module):
-                component.eval().requires_grad_(False)
 
     # What differs between architectures -----------------------------------------------------------------------------
 
@@ -147,6 +144,11 @@ class BaseModel(ABC):
         Args:
             all_sites: False leaves out those that the authors' code passes over (the last of each up block of a UNet).
         """
+
+    @property
+    @abstractmethod
+    def input_layer(self) -> nn.Module:
+        """The layer of the denoiser that takes the latents in: every forward pass runs it once, before any block."""
 
     @abstractmethod
     def num_parameters(self) -> int:
@@ -352,6 +354,11 @@ class DiTBase(BaseModel):
             for i, block in enumerate(self.pipeline.transformer.transformer_blocks)
         }
 
+    @property
+    def input_layer(self) -> nn.Module:
+        layer: nn.Module = self.denoiser.pos_embed
+        return layer
+
     def num_parameters(self) -> int:
         total = sum(p.numel() for p in self.denoiser.parameters())
         copies = len({block.norm1.emb for block in self.pipeline.transformer.transformer_blocks}) - 1
@@ -492,6 +499,11 @@ class StableDiffusionBase(BaseModel):
         )
         return {path: site for path, site in sites.items() if not path.startswith(last)}
 
+    @property
+    def input_layer(self) -> nn.Module:
+        layer: nn.Module = self.denoiser.conv_in
+        return layer
+
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.denoiser.parameters())
 
@@ -588,18 +600,21 @@ class StableDiffusionXLBase(StableDiffusionBase):
 
 
 def base_from_pipeline(pipeline: Any, name: str = "pipeline", revision: str | None = None) -> BaseModel:
-    """Wrap a diffusers pipeline that is already in memory.
+    """Wrap a diffusers pipeline that is already in memory. Its modules are put in eval mode and need no gradients then.
 
     Raises:
         BaseModelError: if the pipeline is of a kind that the library does not handle.
     """
-    kinds: dict[type, type[DiTBase | StableDiffusionBase]] = {
+    kinds: dict[Any, type[DiTBase | StableDiffusionBase]] = {
         DiTPipeline: DiTBase,
         StableDiffusionPipeline: StableDiffusionBase,
         StableDiffusionXLPipeline: StableDiffusionXLBase,
     }
     for pipeline_class, base_class in kinds.items():
         if isinstance(pipeline, pipeline_class):
+            for component in pipeline.components.values():
+                if isinstance(component, nn.Module):
+                    component.eval().requires_grad_(False)
             return base_class(pipeline, name, revision)
     raise BaseModelError(
         f"{name} is a {type(pipeline).__name__}; this library distils {', '.join(kind.__name__ for kind in kinds)}. "

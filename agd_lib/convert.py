@@ -65,8 +65,8 @@ _ARCHITECTURES = {"additive": "offset", "attention": "cross-attention"}
 def convert_authors_checkpoint(
     path: str | Path,
     base: BaseModel,
-    guidance_range: tuple[float, float] = (1.0, 6.0),
-    guided_channels: int | None = 3,
+    guidance_range: tuple[float, float] | None = None,
+    guided_channels: int | None = None,
     scale_multiplier: float | None = None,
 ) -> AdapterSet:
     """Read adapters that the paper's authors' code has trained; nothing is attached yet.
@@ -76,18 +76,26 @@ def convert_authors_checkpoint(
 
     Args:
         path: a file ``checkpoints/NNNNNNN.pt``.
-        base: the base model that they were trained on, in diffusers' form. (Its timestep embedding differs a little
-            from that of the original DiT code: the last frequency is 1e-4 instead of 1.07e-4.)
-        guidance_range: of the training trajectories, which the checkpoint does not tell; theirs is U[1, 6] for DiT.
-        guided_channels: latent channels that the teacher guided: 3 of 4 in the original DiT code; None: all.
-        scale_multiplier: their ``cfg_mult``; None: from ``config.yaml``. The offset adapter needs it from either (the
-            default of their training command is 1,000); their cross-attention adapter has no such factor.
+        base: the base model that they were trained on: DiT, SD 2.1 or SDXL, in diffusers' form. (DiT's timestep
+            embedding differs a little from that of the original code: the last frequency is 1e-4 instead of 1.07e-4.)
+        guidance_range: of the training trajectories, which the checkpoint does not tell; None: theirs, U[1, 6] for DiT
+            and U[1, 12] for SD 2.1 and SDXL.
+        guided_channels: latent channels that the teacher guided; None: as theirs did, 3 of 4 for DiT (as the original
+            DiT code), all for SD 2.1 and SDXL.
+        scale_multiplier: their ``cfg_mult``; None: from ``config.yaml``. DiT's offset adapter needs it from either (the
+            default of their training command is 1,000). For SD 2.1 and SDXL theirs cannot be set: 1,000. Their
+            cross-attention adapter has no such factor.
 
     Raises:
         AdapterError: if the file is missing, damaged, holds anything but such tensors, or does not fit the base.
         ValueError: for a guidance range out of order, or a factor that is not a positive number.
     """
     path = Path(path)
+    takes_prompts = base.adapter_input_dims()["prompt_dim"] is not None
+    if guidance_range is None:
+        guidance_range = (1.0, 12.0) if takes_prompts else (1.0, 6.0)
+    if guided_channels is None:
+        guided_channels = base.latent_shape[0] if takes_prompts else 3
     check_guidance_range(guidance_range)
     if scale_multiplier is not None and not 0 < scale_multiplier <= 1e6:
         raise ValueError(f"got scale_multiplier {scale_multiplier}, expected a positive number such as 1000")
@@ -103,6 +111,7 @@ def convert_authors_checkpoint(
             f"{path} holds {kind} adapters, but its config.yaml says arch: {settings['arch']!r}; expected "
             + " or ".join(f"{arch!r} ({ours})" for arch, ours in _ARCHITECTURES.items())
         )
+    _check_prediction_type(settings, base, path)
     if scale_multiplier is None:
         scale_multiplier = 1.0 if kind == "cross-attention" else _multiplier(settings, path)
     dims = {f"{name}_dim": _input_dim(first, f"{name}_proj.weight") for name in ("timestep", "class", "prompt")}
@@ -120,7 +129,7 @@ def convert_authors_checkpoint(
         base_revision=base.revision,
         base_fingerprint=base.fingerprint(),
         prediction_type=base.prediction_type,
-        guided_channels=guided_channels or base.latent_shape[0],
+        guided_channels=guided_channels,
         scale_multiplier=float(scale_multiplier),
     )
     tensors = {}
@@ -195,6 +204,8 @@ def _read_settings(path: Path) -> dict[str, Any]:
 
 
 def _multiplier(settings: Mapping[str, Any], path: Path) -> float:
+    if "base_model" in settings:  # the training command for UNets, which leaves the factor at its default
+        return 1000.0
     value = settings.get("cfg_mult")
     if value is None:
         raise AdapterError(
@@ -204,6 +215,23 @@ def _multiplier(settings: Mapping[str, Any], path: Path) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1e6:
         raise AdapterError(f"the config.yaml of {path} gives cfg_mult: {value!r}, expected a number such as 1000")
     return float(value)
+
+
+_PREDICTION_TYPES = {
+    "stabilityai/stable-diffusion-2-1": "v_prediction",
+    "stabilityai/stable-diffusion-xl-base-1.0": "epsilon",
+}
+"""Their ``base_model`` -> what it predicts. Models that predict otherwise can have the very same layers."""
+
+
+def _check_prediction_type(settings: Mapping[str, Any], base: BaseModel, path: Path) -> None:
+    trained_on = str(settings.get("base_model"))
+    expected = _PREDICTION_TYPES.get(trained_on, base.prediction_type)
+    if base.prediction_type != expected:
+        raise AdapterError(
+            f"{path} was trained on {trained_on}, which predicts {expected}, but {base.name} predicts "
+            f"{base.prediction_type}: expected the base model that it was trained on"
+        )
 
 
 def _check_settings(

@@ -73,7 +73,7 @@ def test_active_adapters_guide_and_come_off_without_a_trace(dit_base: DiTBase, c
     assert hooks(dit_base) == count
     adapters.attach(dit_base)
     per_block = 2 if kind == "modulated" else 1  # a layer; and the embedding
-    assert hooks(dit_base) == count + 1 + 3 * per_block  # one for the denoiser
+    assert hooks(dit_base) == count + 2 + 3 * per_block  # two for the denoiser: its call, and its first layer
     assert torch.equal(dit_base.denoise(*call), plain)  # attached, but no guidance asked for
     with adapters.guided_by(4.0):
         guided = dit_base.denoise(*call)
@@ -154,7 +154,7 @@ def test_a_second_set_replaces_the_first_with_a_warning(dit_base: DiTBase, call:
     first.attach(dit_base)
     with pytest.warns(UserWarning, match="carried adapters already; they were removed"):
         second.attach(dit_base)
-    assert hooks(dit_base) == count + 1 + 3 * 2
+    assert hooks(dit_base) == count + 2 + 3 * 2
     with pytest.raises(AdapterError, match="on no base model"), first.guided_by(4.0):
         pass
     with second.guided_by(4.0):
@@ -175,7 +175,7 @@ def test_attaching_elsewhere_takes_the_adapters_along(dit_base: DiTBase, dit_fol
     other, count = load_base(dit_folder), hooks(dit_base)
     adapters = new(dit_base).attach(dit_base)
     adapters.attach(other)
-    assert hooks(dit_base) == count and hooks(other) == count + 4
+    assert hooks(dit_base) == count and hooks(other) == count + 2 + 3
     with adapters.guided_by(4.0):
         assert not torch.allclose(other.denoise(*call), dit_base.denoise(*call), atol=1e-2)
 
@@ -478,6 +478,43 @@ def test_adapters_come_from_the_hub_without_pickles(saved: Path, monkeypatch: py
     assert AdapterSet.from_pretrained("somebody/their-adapters").config.kind == "cross-attention"
     patterns = ["config.json", "adapter_model.safetensors", "README.md"]
     assert asked == [(("somebody/their-adapters",), {"allow_patterns": patterns})]
+
+
+class Hub:
+    """Takes uploads, as ``HfApi`` does, or fails."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+        self.repositories: dict[str, bool] = {}
+        self.files: dict[str, bytes] = {}
+
+    def create_repo(self, repo_id: str, private: bool, exist_ok: bool) -> None:
+        if self.error is not None:
+            raise self.error
+        assert exist_ok
+        self.repositories[repo_id] = private
+
+    def upload_folder(self, repo_id: str, folder_path: Path, commit_message: str) -> str:
+        assert repo_id in self.repositories and commit_message
+        self.files = {path.name: path.read_bytes() for path in folder_path.iterdir()}
+        return f"https://hub/{repo_id}/commit/1"
+
+
+def test_adapters_go_to_the_hub_as_they_go_to_the_disk(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Hub()
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
+    adapters = AdapterSet.from_pretrained(saved)
+    address = adapters.push_to_hub("somebody/their-adapters", card="# Measured", private=True)
+    assert address == "https://hub/somebody/their-adapters/commit/1"
+    assert hub.repositories == {"somebody/their-adapters": True}
+    adapters.save_pretrained(saved, card="# Measured")
+    assert hub.files == {path.name: path.read_bytes() for path in saved.iterdir()} and len(hub.files) == 3
+
+
+def test_a_hub_that_takes_nothing_is_explained(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: Hub(PermissionError("401 Unauthorized")))
+    with pytest.raises(AdapterError, match=r"could not push .* 'somebody/theirs': 401 Unauthorized. .*hf auth login"):
+        AdapterSet.from_pretrained(saved).push_to_hub("somebody/theirs")
 
 
 def test_a_hub_that_cannot_be_reached_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 import yaml
 from small_models import build_dit_pipeline, randomise
+from small_text_models import build_sd_pipeline, build_sdxl_pipeline
 from torch import Tensor, nn
 
 from agd_lib import AGD, AdapterSet, base_from_pipeline, convert_authors_checkpoint, sample
-from agd_lib.base_models import DiTBase
+from agd_lib.base_models import BaseModel, DiTBase
 from agd_lib.errors import AdapterError
 
 D = 8  # the adapters' inner width
@@ -46,13 +47,24 @@ class Waves(nn.Module):
 
 
 class TheirAdapter(nn.Module):
-    def __init__(self, width: int, use_timestep: bool, use_class_label: bool, kind: str, cfg_mult: float) -> None:
+    def __init__(
+        self,
+        width: int,
+        use_timestep: bool,
+        use_class_label: bool,
+        kind: str,
+        cfg_mult: float,
+        time_dim: int | None = None,
+        prompt_dim: int | None = None,
+    ) -> None:
         super().__init__()
         self.kind, self.cfg_mult = kind, cfg_mult
         if use_timestep:
-            self.timestep_proj = nn.Linear(width, D)
+            self.timestep_proj = nn.Linear(time_dim or width, D)
         if use_class_label:
             self.class_proj = nn.Linear(width, D)
+        if prompt_dim:
+            self.prompt_proj = nn.Linear(prompt_dim, D)
         if kind == "additive":
             middle = [nn.ReLU(), nn.Dropout(0.0), nn.LayerNorm(4 * D)]
             inner = Net(nn.Linear(D, 4 * D), *middle, nn.Linear(4 * D, D), nn.Dropout(0.0))
@@ -69,15 +81,25 @@ class TheirAdapter(nn.Module):
             self.pos_enc.register_buffer("pe", torch.cat([angles.sin(), angles.cos()], dim=1))
         self.guidance_scale_embedder = Net(Waves(), inner, nn.LayerNorm(D))
 
-    def forward(self, x: Tensor, scale: Tensor, timestep_embedding: Tensor, class_embedding: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        scale: Tensor,
+        timestep_embedding: Tensor,
+        class_embedding: Tensor | None = None,
+        prompt: Tensor | None = None,
+    ) -> Tensor:
         codes = [self.guidance_scale_embedder(scale * self.cfg_mult if self.kind == "additive" else scale)]
         if hasattr(self, "timestep_proj"):
             codes.append(self.timestep_proj(timestep_embedding))
         if hasattr(self, "class_proj"):
             codes.append(self.class_proj(class_embedding))
+        tokens = self.prompt_proj(prompt) if hasattr(self, "prompt_proj") else x.new_zeros(len(x), 0, D)
         if self.kind == "additive":
-            return self.out_proj(torch.stack(codes).sum(dim=0))[:, None]
-        sequence = torch.stack(codes, dim=1) + self.pos_enc.pe[: len(codes)]
+            mean = tokens.mean(dim=1) if tokens.shape[1] else 0.0
+            return self.out_proj(torch.stack(codes).sum(dim=0) + mean)[:, None]
+        sequence = torch.cat([torch.stack(codes, dim=1), tokens], dim=1)
+        sequence = sequence + self.pos_enc.pe[: sequence.shape[1]]
         scores = torch.einsum("bnd,bsd->bns", self.q_proj(x), self.k_proj(sequence)) / math.sqrt(D)
         return self.out_proj(torch.einsum("bns,bsd->bnd", F.softmax(scores, dim=-1), self.v_proj(sequence)))
 
@@ -169,7 +191,7 @@ def test_converted_adapters_predict_the_same(
 
 def test_converted_adapters_are_adapters_like_any_other(dit_base: DiTBase, tmp_path: Path) -> None:
     theirs = their_adapters(dit_base, "attention", True, True, 1)
-    ours = convert_authors_checkpoint(write_checkpoint(tmp_path / "run", theirs), dit_base, (1, 4), None)
+    ours = convert_authors_checkpoint(write_checkpoint(tmp_path / "run", theirs), dit_base, (1, 4), 4)
     assert ours.config.guidance_range == (1.0, 4.0) and ours.config.guided_channels == 4
     ours.save_pretrained(tmp_path / "ours")
     loaded = AdapterSet.from_pretrained(tmp_path / "ours").attach(dit_base)
@@ -184,6 +206,100 @@ def test_diffusers_site_names_are_kept(dit_base: DiTBase, tmp_path: Path) -> Non
     path = tmp_path / "0000500.pt"
     torch.save({"model": {f"transformer_blocks.{i}.attn1": a.state_dict() for i, a in enumerate(theirs)}}, path)
     assert list(convert_authors_checkpoint(path, dit_base).config.sites) == list(dit_base.attention_sites())
+
+
+# UNets ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["sd21", "sdxl"])
+def text_base(request: pytest.FixtureRequest, tmp_path: Path) -> BaseModel:
+    """A small base with the layers of SD 2.1 or SDXL."""
+    build = {"sd21": build_sd_pipeline, "sdxl": build_sdxl_pipeline}[request.param]
+    return base_from_pipeline(build(tmp_path / "base"), request.param)
+
+
+def their_text_adapters(base: BaseModel, kind: str, use_timestep: bool, use_prompt: bool) -> dict[str, TheirAdapter]:
+    """By site: every cross-attention but the last of each up block, as their code goes through a UNet."""
+    unet = base.denoiser
+    layers, depths = unet.config.layers_per_block, unet.config.transformer_layers_per_block
+    depths = [depths] * len(unet.down_blocks) if isinstance(depths, int) else list(depths)
+    places = [(f"mid_block.attentions.0.transformer_blocks.{k}", -1) for k in range(depths[-1])]
+    for side, types, sizes in (
+        ("down_blocks", unet.config.down_block_types, depths),
+        ("up_blocks", unet.config.up_block_types, depths[::-1]),
+    ):
+        for i, block in enumerate(types):
+            channels = i if side == "down_blocks" else len(types) - 1 - i
+            for j in range(layers if "CrossAttn" in block else 0):
+                places += [(f"{side}.{i}.attentions.{j}.transformer_blocks.{k}", channels) for k in range(sizes[i])]
+    torch.manual_seed(0)
+    time_dim, prompt_dim = 4 * unet.config.block_out_channels[0], unet.config.cross_attention_dim
+    adapters = {
+        f"{place}.attn2": TheirAdapter(
+            unet.config.block_out_channels[channels],
+            use_timestep,
+            False,
+            kind,
+            1000,
+            time_dim,
+            prompt_dim if use_prompt else None,
+        ).eval()
+        for place, channels in places
+    }
+    for i, adapter in enumerate(adapters.values()):
+        randomise(adapter, i)
+    return adapters
+
+
+def write_text_checkpoint(run: Path, adapters: dict[str, TheirAdapter], config: dict[str, Any]) -> Path:
+    path = write_checkpoint(run, nn.ModuleList(), config)
+    torch.save({"model": {site: adapter.state_dict() for site, adapter in adapters.items()}}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arch", "use_timestep", "use_prompt"),
+    [("attention", False, False), ("attention", True, True), ("attention", False, True), ("additive", True, True)],
+)
+def test_converted_text_adapters_predict_the_same(
+    text_base: BaseModel, tmp_path: Path, arch: str, use_timestep: bool, use_prompt: bool
+) -> None:
+    theirs = their_text_adapters(text_base, arch, use_timestep, use_prompt)
+    flags = {"arch": arch, "use_timestep": use_timestep, "use_prompt": use_prompt, "base_model": "somebody/a-model"}
+    path = write_text_checkpoint(tmp_path, theirs, CONFIG | flags)
+    ours = convert_authors_checkpoint(path, text_base)
+    assert ours.config.kind == {"additive": "offset", "attention": "cross-attention"}[arch]
+    assert ours.config.guidance_range == (1.0, 12.0) and ours.config.guided_channels == 4
+    assert ours.config.scale_multiplier == (1000 if arch == "additive" else 1)
+    assert set(ours.config.sites) == set(text_base.attention_sites(all_sites=False))
+    assert ours.num_parameters() == sum(p.numel() for adapter in theirs.values() for p in adapter.parameters())
+
+    condition, scale, timestep = text_base.encode(["red cat", "a hat on"]), torch.tensor([2.7, 12.0]), torch.tensor(400)
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    plain = text_base.denoise(latents, timestep, condition)
+    with ours.attached(text_base), ours.guided_by(scale), torch.no_grad():
+        prediction = text_base.denoise(latents, timestep, condition)
+
+    unet = text_base.denoiser
+    time = unet.time_embedding(unet.time_proj(timestep.expand(2)))
+    for site, adapter in theirs.items():
+        unet.get_submodule(site).register_forward_hook(
+            lambda module, args, output, adapter=adapter: (
+                output + adapter(args[0], scale, time, None, condition["encoder_hidden_states"])
+            )
+        )
+    with torch.no_grad():
+        expected = text_base.denoise(latents, timestep, condition)
+    torch.testing.assert_close(prediction, expected, rtol=1e-3, atol=1e-4)
+    assert (expected - plain).abs().amax(dim=(1, 2, 3)).min() > 0.1
+
+
+def test_a_base_that_predicts_otherwise_is_refused(tmp_path: Path) -> None:
+    base = base_from_pipeline(build_sd_pipeline(tmp_path / "base", prediction_type="epsilon"), "sd20")
+    theirs = their_text_adapters(base, "attention", True, True)
+    path = write_text_checkpoint(tmp_path, theirs, {"base_model": "stabilityai/stable-diffusion-2-1"})
+    with pytest.raises(AdapterError, match=r"trained on stabilityai/stable-diffusion-2-1, which predicts v_prediction"):
+        convert_authors_checkpoint(path, base)
 
 
 # The factor on the scale ------------------------------------------------------------------------------------------------

@@ -644,6 +644,7 @@ def test_image_tokens_of_an_ip_adapter_stay_as_they_are(base: StableDiffusionBas
     tokens, image_tokens = condition["encoder_hidden_states"], [torch.zeros(1, 1, 2, 3)]
     with adapters.guided_by(3.0):
         adapters._before_forward(base.denoiser, (noise(1), torch.tensor(5)), base.call_arguments(condition))
+        adapters._before_blocks(base.input_layer, (noise(1),))
         hidden = torch.zeros(1, 3, site.channels)
         site.attention(hidden, encoder_hidden_states=(tokens, image_tokens))
     assert seen[0][1] is image_tokens and not torch.equal(seen[0][0], tokens)

@@ -1,0 +1,246 @@
+"""The drop-in for diffusers: a pipeline that somebody already has, guided in one forward pass a step.
+
+    pipe = StableDiffusionXLPipeline.from_pretrained(...)
+    load_agd(pipe, "path-or-hub-id")
+    image = pipe("a red star", guidance_scale=7.5).images[0]
+    pipe.agd.unload()                        # the pipeline is what it was, to the bit
+
+diffusers' pipelines make a second, unconditional pass if their guidance scale is above 1: that alone decides whether the
+batch is doubled, a negative prompt encoded and two predictions combined. So all that is to be done is to take the scale
+out of the call, to tell it to the adapters, and to let the pipeline run its own loop at scale 1. Python looks ``__call__``
+up on an object's class, so the pipeline object is given a subclass of its class for that, with the same name, which is
+what diffusers writes to ``model_index.json`` and goes by in ``from_pipe``. Scheduler, callbacks, LoRA, ControlNet and
+IP-Adapter stay the pipeline's own affair.
+
+The adapters' hooks are on the denoiser while a call runs, and only then. So its parts can be saved, exchanged
+(``pipe.unet = another checkpoint's``) and shared with a second pipeline, which is guided only if it is loaded too. What
+``torch.compile`` made of it would not notice such hooks, so it runs uncompiled while the adapters guide, and compiled
+whenever they do not.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    DiTPipeline,
+    StableDiffusionControlNetImg2ImgPipeline,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLControlNetImg2ImgPipeline,
+    StableDiffusionXLControlNetPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPipeline,
+)
+from torch import Tensor
+
+from .attach import AdapterSet
+from .base_models import BaseModel, DiTBase, StableDiffusionBase, StableDiffusionXLBase
+from .errors import BaseModelError
+from .guidance import Scale, scale_at
+
+PIPELINES: dict[Any, type[DiTBase | StableDiffusionBase]] = {
+    DiTPipeline: DiTBase,
+    StableDiffusionPipeline: StableDiffusionBase,
+    StableDiffusionImg2ImgPipeline: StableDiffusionBase,
+    StableDiffusionControlNetPipeline: StableDiffusionBase,
+    StableDiffusionControlNetImg2ImgPipeline: StableDiffusionBase,
+    StableDiffusionXLPipeline: StableDiffusionXLBase,
+    StableDiffusionXLImg2ImgPipeline: StableDiffusionXLBase,
+    StableDiffusionXLControlNetPipeline: StableDiffusionXLBase,
+    StableDiffusionXLControlNetImg2ImgPipeline: StableDiffusionXLBase,
+}
+"""The pipelines that take adapters."""
+
+
+def load_agd(pipeline: Any, adapters: str | Path | AdapterSet) -> LoadedAdapters:
+    """Guide a diffusers pipeline by adapters: from now on its calls make one forward pass a step.
+
+    The ``guidance_scale`` of a call goes to the adapters. It is, as before, a number, by default the pipeline's own
+    default; it may also be one number per prompt (a sequence or a tensor; each is repeated ``num_images_per_prompt``
+    times), or a function of the timestep (an int from ``num_train_timesteps - 1`` down to 0) such as
+    :class:`~agd_lib.guidance.GuidanceInterval`. It should be in the range that the adapters were trained on: outside it
+    a call warns.
+
+    What only a second pass can do is refused, by a ``ValueError``: negative prompts (empty ones are fine) and
+    ``guidance_rescale``; so are scales that are negative, not finite, or not one per prompt. What cannot be told apart
+    is not refused: ``ip_adapter_image_embeds`` must come without the negative half that two passes need, and a callback
+    cannot change the guidance by ``_guidance_scale`` (a schedule can).
+
+    Args:
+        pipeline: one of :data:`PIPELINES`. Adapters that it was given before are unloaded.
+        adapters: a folder or a hub id (see :meth:`AdapterSet.from_pretrained`), or the adapters themselves; one set may
+            serve many pipelines.
+
+    Returns:
+        The handle, also to be had as ``pipeline.agd``.
+
+    Raises:
+        AdapterError: if the adapters cannot be read, or do not fit the pipeline's denoiser.
+        BaseModelError: for a pipeline of another kind.
+    """
+    base = _base_of(pipeline)
+    loaded = adapters if isinstance(adapters, AdapterSet) else AdapterSet.from_pretrained(adapters)
+    loaded.check_fit(base)
+    if isinstance(pipeline, _Guided):
+        pipeline.agd.unload()
+    pipeline._agd_adapters = loaded
+    pipeline.__class__ = _guided(type(pipeline))
+    return LoadedAdapters(pipeline, loaded)
+
+
+class LoadedAdapters:
+    """The handle of a pipeline's adapters; :func:`load_agd` returns it, and so does ``pipeline.agd``.
+
+    Attributes:
+        pipeline: the pipeline. adapters: its adapters.
+    """
+
+    def __init__(self, pipeline: Any, adapters: AdapterSet) -> None:
+        self.pipeline = pipeline
+        self.adapters = adapters
+
+    def enable(self) -> None:
+        """Guide by the adapters (again)."""
+        self.adapters.enabled = True
+
+    def disable(self) -> None:
+        """Leave guidance to the pipeline: classifier-free guidance in two passes, negative prompts and all.
+
+        (To every pipeline that the adapters serve.)
+        """
+        self.adapters.enabled = False
+
+    def disabled(self) -> AbstractContextManager[AdapterSet]:
+        """Inside the block guidance is left to the pipeline, as by :meth:`disable`."""
+        return self.adapters.disabled()
+
+    def unload(self) -> None:
+        """Make the pipeline what it was before, to the bit. Harmless where other adapters took these ones' place."""
+        if vars(self.pipeline).get("_agd_adapters") is self.adapters:
+            del self.pipeline._agd_adapters
+            self.pipeline.__class__ = type(self.pipeline).__bases__[0]
+
+
+class _Guided:
+    """What marks the classes that :func:`_guided` makes."""
+
+    @property
+    def agd(self) -> LoadedAdapters:
+        """The handle of the pipeline's adapters."""
+        return LoadedAdapters(self, vars(self)["_agd_adapters"])
+
+
+def _guided(kind: type) -> type:
+    """The subclass of a pipeline's class whose calls are guided by the adapters in ``_agd_adapters``."""
+    pipeline_call: Callable[..., Any] = kind.__call__
+    signature = inspect.signature(pipeline_call)
+
+    @functools.wraps(pipeline_call)
+    def guided_call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        adapters: AdapterSet | None = vars(self).get("_agd_adapters")  # a new object of this class has none
+        if adapters is None or not adapters.enabled:
+            return pipeline_call(self, *args, **kwargs)
+        call = signature.bind(self, *args, **kwargs)
+        call.apply_defaults()
+        _refuse_what_takes_two_passes(call.arguments, signature)
+        scale = _read_scale(call.arguments, adapters.config.guidance_range)
+        call.arguments["guidance_scale"] = 1.0
+        uncompiled = torch.compiler.set_stance("force_eager")  # compiled code does not notice hooks that come and go
+        with uncompiled, adapters.attached(_base_of(self)), adapters.guided_by(scale):
+            return pipeline_call(*call.args, **call.kwargs)
+
+    looks = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    return type(kind.__name__, (kind, _Guided), {"__call__": guided_call} | looks)
+
+
+def _base_of(pipeline: Any) -> BaseModel:
+    for kind, base_class in PIPELINES.items():
+        if isinstance(pipeline, kind):
+            base = base_class(pipeline, pipeline.name_or_path or f"this {type(pipeline).__name__}")
+            base.denoiser = getattr(base.denoiser, "_orig_mod", base.denoiser)  # within what torch.compile returns
+            return base
+    raise BaseModelError(
+        f"got a {type(pipeline).__name__}, expected one of: {', '.join(kind.__name__ for kind in PIPELINES)}"
+    )
+
+
+def _refuse_what_takes_two_passes(arguments: Mapping[str, Any], signature: inspect.Signature) -> None:
+    given = [
+        name
+        for name, value in arguments.items()
+        if name.startswith("negative_") and _says_something(value, signature.parameters[name].default)
+    ]
+    if arguments.get("guidance_rescale"):
+        given.append("guidance_rescale")
+    if given:
+        raise ValueError(
+            f"got {', '.join(given)}, expected none: the adapters guide in one forward pass, which has no negative "
+            "(unconditional) branch. Leave it out, or let the pipeline make its two passes: "
+            "with pipe.agd.disabled(): pipe(...)"
+        )
+
+
+def _says_something(value: Any, default: Any) -> bool:
+    if isinstance(value, Tensor):
+        return True
+    if isinstance(value, str | list | tuple):
+        return value != default and any(part not in ("", None) for part in value)
+    return value is not None and value != default
+
+
+def _read_scale(arguments: Mapping[str, Any], trained: tuple[float, float]) -> Scale:
+    """The scale of a call: a function of the timestep, or one number per image, (B,)."""
+    given = arguments["guidance_scale"]
+    if callable(given):
+        return _watched(given, trained)
+    conditions = next(
+        (arguments[n] for n in ("class_labels", "prompt", "prompt_embeds") if arguments.get(n) is not None), ""
+    )
+    num_prompts = 1 if isinstance(conditions, str) else len(conditions)
+    try:
+        scales = scale_at(given, 0, num_prompts, torch.empty(0, dtype=torch.float64))
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"got guidance_scale {given!r}, expected a number, one number per prompt, or a function of the timestep"
+        ) from error
+    if _is_outside(scales, trained):
+        _warn_of_range(given, trained, stacklevel=4)
+    return scales.repeat_interleave(arguments.get("num_images_per_prompt") or 1)
+
+
+def _watched(schedule: Callable[[int], float], trained: tuple[float, float]) -> Callable[[int], float]:
+    """The schedule, which warns once when it leaves the trained range."""
+    has_warned = False
+
+    def scale(timestep: int) -> float:
+        nonlocal has_warned
+        value = schedule(timestep)
+        if not has_warned and _is_outside(torch.as_tensor(value), trained):
+            has_warned = True
+            _warn_of_range(f"{value} at timestep {timestep}", trained, stacklevel=3)
+        return value
+
+    return scale
+
+
+def _is_outside(scales: Tensor, trained: tuple[float, float]) -> bool:
+    low, high = trained
+    return bool(((scales < low) | (scales > high)).any())
+
+
+def _warn_of_range(given: Any, trained: tuple[float, float], stacklevel: int) -> None:
+    low, high = trained
+    warnings.warn(
+        f"got guidance_scale {given}: these adapters were trained on scales from {low:g} to {high:g}, beyond which "
+        "nobody has taught them anything",
+        stacklevel=stacklevel,
+    )
