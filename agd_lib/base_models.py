@@ -35,6 +35,10 @@ Condition: TypeAlias = dict[str, Tensor]
 """The denoiser's conditioning arguments by name, each with the batch as first dimension."""
 
 
+CLIP_TOKENS = 77
+"""Tokens of a prompt in every CLIP text encoder that these models were trained with."""
+
+
 @dataclass(frozen=True)
 class KnownBase:
     """A base model that :func:`load_base` knows by a short name."""
@@ -111,6 +115,10 @@ class BaseModel(ABC):
     @abstractmethod
     def null_condition(self, batch_size: int) -> Condition:
         """The condition of the unconditional branch."""
+
+    @abstractmethod
+    def blank_condition(self, batch_size: int) -> Condition:
+        """Zeros in the shapes of a condition, from the configuration alone: what costs can be counted on."""
 
     @abstractmethod
     def all_conditions(self) -> list[Any]:
@@ -280,6 +288,9 @@ class DiTBase(BaseModel):
     def null_condition(self, batch_size: int) -> Condition:
         return {"class_labels": torch.full((batch_size,), self.num_classes, dtype=torch.int64, device=self.device)}
 
+    def blank_condition(self, batch_size: int) -> Condition:
+        return {"class_labels": torch.zeros(batch_size, dtype=torch.int64, device=self.device)}
+
     def all_conditions(self) -> list[int]:
         return list(range(self.num_classes))
 
@@ -293,7 +304,7 @@ class DiTBase(BaseModel):
         return named["timestep"], {"class_labels": named["class_labels"]}
 
     def _embedder(self) -> Any:
-        return self.pipeline.transformer.transformer_blocks[0].norm1.emb
+        return self.denoiser.transformer_blocks[0].norm1.emb
 
     def adapter_inputs(self, timestep: Tensor, condition: Condition, guidance_scale: Tensor) -> AdapterInputs:
         embedder, labels = self._embedder(), condition["class_labels"]
@@ -307,19 +318,19 @@ class DiTBase(BaseModel):
             )
 
     def adapter_input_dims(self) -> dict[str, int | None]:
-        width = int(self.pipeline.transformer.inner_dim)
+        width = int(self.denoiser.inner_dim)
         return {"timestep_dim": width, "class_dim": width, "prompt_dim": None}
 
     def attention_sites(self, all_sites: bool = True) -> dict[str, Site]:
-        width = int(self.pipeline.transformer.inner_dim)
+        width = int(self.denoiser.inner_dim)
         return {
             f"transformer_blocks.{i}.attn1": Site(block.attn1, block.ff, block.norm1.emb, width)
-            for i, block in enumerate(self.pipeline.transformer.transformer_blocks)
+            for i, block in enumerate(self.denoiser.transformer_blocks)
         }
 
     def num_parameters(self) -> int:
         total = sum(p.numel() for p in self.denoiser.parameters())
-        copies = len({block.norm1.emb for block in self.pipeline.transformer.transformer_blocks}) - 1
+        copies = len({block.norm1.emb for block in self.denoiser.transformer_blocks}) - 1
         return total - copies * sum(p.numel() for p in self._embedder().parameters())
 
 
@@ -385,6 +396,12 @@ class StableDiffusionBase(BaseModel):
 
     def _encode_null(self) -> Condition:
         return self.encode([""])
+
+    def blank_condition(self, batch_size: int) -> Condition:
+        tokenizer = self._tokenizers()[0]
+        length = tokenizer.model_max_length if tokenizer is not None else CLIP_TOKENS
+        width = int(self.denoiser.config.cross_attention_dim)
+        return {"encoder_hidden_states": torch.zeros(batch_size, length, width, device=self.device, dtype=self.dtype)}
 
     def all_conditions(self) -> list[Any]:
         raise ValueError(
@@ -497,6 +514,14 @@ class StableDiffusionXLBase(StableDiffusionBase):
         if self.pipeline.config.force_zeros_for_empty_prompt:
             null |= {name: torch.zeros_like(null[name]) for name in ("encoder_hidden_states", "text_embeds")}
         return null
+
+    def blank_condition(self, batch_size: int) -> Condition:
+        config, like = self.denoiser.config, {"device": self.device, "dtype": self.dtype}
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        return super().blank_condition(batch_size) | {
+            "text_embeds": torch.zeros(batch_size, pooled, **like),
+            "time_ids": torch.zeros(batch_size, 6, **like),
+        }
 
     def read_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Condition]:
         timestep, condition = super().read_call(args, kwargs)
@@ -687,5 +712,5 @@ def count_flops(base: BaseModel) -> int:
     latents = torch.zeros(1, *base.latent_shape, device=base.device, dtype=base.dtype)
     # the counter knows the plain form of attention on every device, fused forms on GPUs only
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        base.denoise(latents, 0, base.null_condition(1))
+        base.denoise(latents, 0, base.blank_condition(1))
     return math.floor(counter.get_total_flops())
