@@ -203,7 +203,8 @@ class BaseModel(ABC):
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) to images (B, 3, H, W), float32 in [0, 1]."""
         unscaled = latents.to(self.vae.dtype) * (1 / self.vae.config.scaling_factor)  # rounds as DiTPipeline does
-        return (self.vae.decode(unscaled).sample / 2 + 0.5).clamp(0, 1).float()
+        with self._on_device(self.vae):
+            return (self.vae.decode(unscaled).sample / 2 + 0.5).clamp(0, 1).float()
 
     @torch.no_grad()
     def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -211,7 +212,8 @@ class BaseModel(ABC):
 
         They are drawn from the autoencoder's posterior with ``generator``.
         """
-        posterior = self.vae.encode((images * 2 - 1).to(self.device, self.vae.dtype)).latent_dist
+        with self._on_device(self.vae):
+            posterior = self.vae.encode((images * 2 - 1).to(self.device, self.vae.dtype)).latent_dist
         return posterior.sample(generator) * self.vae.config.scaling_factor
 
     def clean_estimate(self, latents: Tensor, prediction: Tensor, timestep: int) -> Tensor:
@@ -226,6 +228,18 @@ class BaseModel(ABC):
         if self.prediction_type == "epsilon":
             return (latents - noise * prediction) / signal
         return signal * latents - noise * prediction if self.prediction_type == "v_prediction" else prediction
+
+    @contextmanager
+    def _on_device(self, *models: Any) -> Iterator[None]:
+        """The text encoders or the autoencoder on the denoiser's device inside the block, then where they were."""
+        moved = [(model, model.device) for model in models if model.device != self.device]
+        for model, _ in moved:
+            model.to(self.device)
+        try:
+            yield
+        finally:
+            for model, place in moved:
+                model.to(place)
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> BaseModel:
         """Move the whole pipeline; returns self."""
@@ -364,7 +378,7 @@ class StableDiffusionBase(BaseModel):
                 raise ValueError(f"got the prompt {prompt!r}, expected a text (str) such as 'a red cube', or ''")
         self._warn_of_cut_prompts(prompts)
         starts = range(0, len(prompts), self.PROMPTS_AT_ONCE)
-        with _quiet_diffusers():
+        with _quiet_diffusers(), self._on_device(*self._text_encoders()):
             encoded = [self._encode(prompts[start : start + self.PROMPTS_AT_ONCE]) for start in starts]
         return {name: torch.cat([part[name] for part in encoded]) for name in encoded[0]}
 
@@ -374,6 +388,9 @@ class StableDiffusionBase(BaseModel):
 
     def _tokenizers(self) -> list[Any]:
         return [self.pipeline.tokenizer]
+
+    def _text_encoders(self) -> list[Any]:
+        return [self.pipeline.text_encoder]
 
     def _warn_of_cut_prompts(self, prompts: list[str]) -> None:
         for prompt in dict.fromkeys(prompts):
@@ -473,7 +490,7 @@ class StableDiffusionBase(BaseModel):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) to images (B, 3, H, W), float32 in [0, 1]."""
-        with self._vae_that_does_not_overflow():
+        with self._on_device(self.vae), self._vae_that_does_not_overflow():
             # divided, as these pipelines do; DiTPipeline multiplies, which rounds otherwise
             images = self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
         return (images / 2 + 0.5).clamp(0, 1).float()
@@ -508,6 +525,9 @@ class StableDiffusionXLBase(StableDiffusionBase):
     def _tokenizers(self) -> list[Any]:
         return [self.pipeline.tokenizer, self.pipeline.tokenizer_2]
 
+    def _text_encoders(self) -> list[Any]:
+        return [self.pipeline.text_encoder, self.pipeline.text_encoder_2]
+
     def _encode_null(self) -> Condition:
         """The empty prompt; zeros in its place where the pipeline says so, as SDXL's does."""
         null = self.encode([""])
@@ -516,11 +536,13 @@ class StableDiffusionXLBase(StableDiffusionBase):
         return null
 
     def blank_condition(self, batch_size: int) -> Condition:
-        config, like = self.denoiser.config, {"device": self.device, "dtype": self.dtype}
+        config = self.denoiser.config
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        return super().blank_condition(batch_size) | {
-            "text_embeds": torch.zeros(batch_size, pooled, **like),
-            "time_ids": torch.zeros(batch_size, 6, **like),
+        blank = super().blank_condition(batch_size)
+        tokens = blank["encoder_hidden_states"]
+        return blank | {
+            "text_embeds": tokens.new_zeros(batch_size, pooled),
+            "time_ids": tokens.new_zeros(batch_size, 6),
         }
 
     def read_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Condition]:
@@ -559,6 +581,7 @@ def load_base(
     dtype: torch.dtype = torch.float32,
     revision: str | None = None,
     config: str | Path | None = None,
+    offload: bool = False,
 ) -> BaseModel:
     """Load a base model.
 
@@ -570,6 +593,8 @@ def load_base(
         config: for a single file, which has weights only: a pipeline (folder or hub id) of the same architecture, for
             the configuration and the tokenizer. By default the hub's for SDXL, SD 2.1 (v-prediction) or SD 1.5,
             whichever the file's text encoder is of; ``revision`` is then of that repository.
+        offload: put the denoiser alone on ``device``. The text encoders and the autoencoder stay in the computer's memory
+            and come to the device for the time of a call; training never calls them.
 
     Raises:
         BaseModelError: if there is no such model, it holds no safetensors, or it is of another kind. Pickled weights
@@ -587,7 +612,11 @@ def load_base(
     else:
         pipeline = _load_folder_or_hub_id(source, dtype, revision)
     pipeline.set_progress_bar_config(disable=True)
-    return base_from_pipeline(pipeline.to(device), str(name), None if is_file else revision)
+    if not offload:
+        pipeline.to(device)
+    base = base_from_pipeline(pipeline, str(name), None if is_file else revision)
+    base.denoiser.to(device)
+    return base
 
 
 def _load_folder_or_hub_id(source: str, dtype: torch.dtype, revision: str | None) -> Any:

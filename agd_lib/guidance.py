@@ -53,10 +53,8 @@ def scale_at(scale: Scale, timestep: int, batch_size: int, like: Tensor) -> Tens
             f"got a guidance scale of shape {tuple(tensor.shape)} for {batch_size} samples, expected one number or "
             f"a tensor of shape ({batch_size},)"
         )
-    if isinstance(value, Tensor):
-        valid = bool((torch.isfinite(tensor) & (tensor >= 0)).all())  # on a GPU this waits for it
-    else:
-        valid = 0 <= value < math.inf
+    # a plain number is checked as such: asking a tensor would wait for the device at every step
+    valid = bool((tensor.isfinite() & (tensor >= 0)).all()) if isinstance(value, Tensor) else 0 <= value < math.inf
     if not valid:
         raise ValueError(
             f"got guidance scale {value}, expected finite numbers >= 0 (1 is the conditional model, usual values are "

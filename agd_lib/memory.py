@@ -16,7 +16,7 @@ import copy
 import itertools
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -26,8 +26,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from .attach import AdapterConfig, AdapterSet
+from .attach import AdapterSet
 from .base_models import BaseModel
+from .budget import gpu_memory_gib
 from .guidance import CFG
 from .training import Student, adam
 
@@ -272,6 +273,34 @@ def training_step(student: Student, batch_size: int, tracker: LiveStorages) -> i
         handle.remove()
     optimizer.zero_grad()
     return saved
+
+
+def settings_that_fit(
+    base: BaseModel, adapters: AdapterSet, batch_size: int, gpu_memory: float | None = None
+) -> list[Prediction]:
+    """The settings with which training fits a card, the fastest first; among equals, those that change least come first.
+
+    Args:
+        base, adapters, batch_size: see :func:`training_memory`.
+        gpu_memory: of the card, in GiB; None: this machine's largest. :data:`RESERVED` of it is left free.
+
+    Raises:
+        ValueError: if the batch size is below 1, or no card is given and there is none.
+    """
+    gpu_memory = gpu_memory_gib() if gpu_memory is None else gpu_memory
+    if gpu_memory <= 0:
+        raise ValueError(f"got {gpu_memory:g} GiB of a GPU's memory, expected more: pass gpu_memory, such as 24")
+    predictions = []
+    for dtype, gradient_checkpointing in itertools.product((torch.float32, torch.bfloat16), (False, True)):
+        on_device = training_memory(base, adapters, batch_size, MemorySettings(dtype, gradient_checkpointing))
+        offloaded = replace(
+            on_device,
+            settings=replace(on_device.settings, offload=True),
+            memory=replace(on_device.memory, other_models=0),
+        )
+        predictions += [on_device, offloaded]
+    fitting = [prediction for prediction in predictions if prediction.memory.fits(gpu_memory)]
+    return sorted(fitting, key=lambda prediction: prediction.flops)  # a stable sort
 
 
 def collection_memory(base: BaseModel, batch_size: int, settings: MemorySettings | None = None) -> Prediction:
