@@ -144,7 +144,8 @@ def test_the_parts_are_named(tmp_path: Path) -> None:
     assert small.base == large.base == weights(base.denoiser)
     assert small.adapters == large.adapters == weights(adapters)
     assert small.optimizer == large.optimizer == pytest.approx(2 * parameters, rel=0.01)  # and step counts
-    assert (small.moment, small.gradients) == ("optimizer step", parameters)  # so small that the gradients count most
+    heavy = training_memory(base, AdapterSet.create(base, "offset", hidden_size=128), 1).memory
+    assert heavy.gradients > 0.9 * heavy.adapters > heavy.saved  # when there are most, all gradients are there
     assert large.moment == "backward" and large.activations > 0.9 * large.saved > 30 * small.saved
     assert large.other_models == sum(p.nbytes for p in base.vae.parameters())
     halved = training_memory(base, adapters, 64, MemorySettings(torch.bfloat16, offload=True)).memory
@@ -241,7 +242,7 @@ def test_checkpointing_changes_no_gradient(tmp_path: Path, family: str, kind: st
         calls += 1
 
     block = next(iter(base.attention_sites().values())).feed_forward
-    handle = block.register_forward_hook(count)
+    handle = block.register_forward_pre_hook(count)
     checkpointed = gradients(Student(base, adapters, gradient_checkpointing=True), interrupt=True)
     handle.remove()
     assert calls > 3  # two forward passes, the one between, and again in backward
@@ -267,7 +268,7 @@ def test_training_on_a_bfloat16_base_equals_float32(tmp_path: Path, family: str,
     """Of the same store, collected in float32: the losses agree to bfloat16's rounding, and the adapters stay float32."""
     base = small_base(family, tmp_path)
     store = small_store(base, tmp_path / "store", 16)
-    settings = TrainingSettings(num_steps=8, batch_size=8, learning_rate=1e-2)
+    settings = TrainingSettings(num_steps=10, batch_size=16, learning_rate=1e-2)  # every step sees the whole store
     losses = []
     for dtype in (torch.float32, torch.bfloat16):
         adapters = AdapterSet.create(base.to(dtype=dtype), kind, hidden_size=8)
@@ -275,8 +276,8 @@ def test_training_on_a_bfloat16_base_equals_float32(tmp_path: Path, family: str,
         assert {parameter.dtype for parameter in adapters.parameters()} == {torch.float32}
         assert base.dtype == dtype
         adapters.remove()
-    assert losses[0][-1] < 0.9 * losses[0][0]
-    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+    assert losses[1] == pytest.approx(losses[0], rel=0.005)
+    assert losses[0][0] - losses[0][-1] > 0.05 * losses[0][0]  # more than the tolerance: training went the same way
 
 
 def test_gradients_are_gone_before_the_next_forward_pass(tmp_path: Path) -> None:

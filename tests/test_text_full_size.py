@@ -17,6 +17,7 @@ from diffusers import (
 
 from agd_lib import AdapterSet
 from agd_lib.base_models import StableDiffusionBase, StableDiffusionXLBase, count_flops
+from agd_lib.memory import GIB, MemorySettings, training_memory
 
 COMMON: dict[str, Any] = {
     "act_fn": "silu",
@@ -137,3 +138,16 @@ def test_every_kind_stays_within_the_papers_share(sd21: StableDiffusionBase) -> 
         with torch.device("meta"):
             adapters = AdapterSet.create(sd21, kind, hidden_size=hidden_size)
         assert 0.01 < adapters.num_parameters() / sd21.num_parameters() < 0.05, kind
+
+
+@pytest.mark.parametrize(("name", "batch_size", "gib", "limit"), [("sd21", 8, 5.42, 6), ("sdxl", 4, 9.16, 10)])
+def test_training_fits_small_cards(
+    request: pytest.FixtureRequest, name: str, batch_size: int, gib: float, limit: float
+) -> None:
+    """Adapters at all sites with all inputs; bfloat16 base and gradient checkpointing."""
+    base: StableDiffusionBase = request.getfixturevalue(name)
+    with torch.device("meta"):
+        adapters = AdapterSet.create(base, "cross-attention", hidden_size=320)
+    memory = training_memory(base, adapters, batch_size, MemorySettings(torch.bfloat16, True, offload=True)).memory
+    assert memory.total == pytest.approx(gib * GIB, rel=0.01)
+    assert memory.total < limit * GIB
