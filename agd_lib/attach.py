@@ -13,7 +13,7 @@ import re
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .adapters import ADAPTERS, Adapter, AdapterSizes, ModulatedAdapter, SharedCode
 from .base_models import BaseModel, Condition, DiTBase, Site, StableDiffusionXLBase
@@ -104,6 +105,7 @@ class AdapterSet(nn.Module):
         self._handles: list[Any] = []
         self._call: tuple[Tensor, Condition] | None = None  # of a forward pass that has not reached its blocks
         self._conditions: dict[str, Any] | None = None  # of one that has
+        self._checkpointing = False
 
     @classmethod
     def create(
@@ -205,7 +207,8 @@ class AdapterSet(nn.Module):
             warnings.warn("this base model carried adapters already; they were removed", stacklevel=2)
             previous.remove()
         self.remove()
-        if base.device.type != "meta":  # where accelerate keeps the place of weights that it has offloaded
+        on_meta = base.device.type == "meta"  # where accelerate keeps the place of weights that it has offloaded
+        if not on_meta and next(self.parameters()).device != base.device:
             self.to(base.device)
         self._base = base
         self._handles = [
@@ -227,6 +230,7 @@ class AdapterSet(nn.Module):
         for handle in self._handles:
             handle.remove()
         if self._base is not None:
+            self.set_gradient_checkpointing(False)
             _attached.pop(self._base.denoiser, None)
         self._handles, self._base, self._call, self._conditions = [], None, None, None
 
@@ -251,6 +255,41 @@ class AdapterSet(nn.Module):
         if self._base is None or self._base.denoiser is not base.denoiser:
             where = "no base model" if self._base is None else f"another copy of a base model ({self._base.name})"
             raise AdapterError(f"these adapters are on {where}, not on {base.name}: call attach(base) first")
+
+    def set_gradient_checkpointing(self, enabled: bool) -> None:
+        """Whether backward computes each block of the base model again instead of keeping what it computed.
+
+        Off after :meth:`attach`. Only forward passes that record gradients are concerned, and they give the same
+        gradients either way: the adapters are told again what they were told in the forward pass, whatever has gone
+        through the base model since.
+
+        Raises:
+            AdapterError: if these adapters are on no base model.
+        """
+        if self._base is None:
+            raise AdapterError("these adapters are on no base model: call attach(base) first")
+        if enabled:
+            self._base.denoiser.enable_gradient_checkpointing(self._checkpointed)
+        elif self._checkpointing:
+            self._base.denoiser.disable_gradient_checkpointing()
+        self._checkpointing = enabled
+
+    def _checkpointed(self, block: nn.Module, *args: Any) -> Any:
+        """A block of the denoiser, as diffusers calls it where gradient checkpointing is enabled."""
+        conditions = self._conditions
+
+        @contextmanager
+        def again() -> Iterator[None]:
+            before, self._conditions = self._conditions, conditions
+            try:
+                yield
+            finally:
+                self._conditions = before
+
+        # nothing random happens in a frozen base in eval mode, so no state of random numbers is kept
+        return checkpoint(
+            block, *args, use_reentrant=False, preserve_rng_state=False, context_fn=lambda: (nullcontext(), again())
+        )
 
     @contextmanager
     def guided_by(self, scale: Scale) -> Iterator[AdapterSet]:

@@ -35,6 +35,10 @@ Condition: TypeAlias = dict[str, Tensor]
 """The denoiser's conditioning arguments by name, each with the batch as first dimension."""
 
 
+CLIP_TOKENS = 77
+"""Tokens of a prompt in every CLIP text encoder that these models were trained with."""
+
+
 @dataclass(frozen=True)
 class KnownBase:
     """A base model that :func:`load_base` knows by a short name."""
@@ -116,6 +120,10 @@ class BaseModel(ABC):
         So a sampling run encodes it once, and never uses one that was encoded before the text encoder changed.
         """
         yield
+
+    @abstractmethod
+    def blank_condition(self, batch_size: int) -> Condition:
+        """Zeros in the shapes of a condition, from the configuration alone: what costs can be counted on."""
 
     @abstractmethod
     def all_conditions(self) -> list[Any]:
@@ -204,7 +212,8 @@ class BaseModel(ABC):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) to images (B, 3, H, W), float32 in [0, 1]."""
-        return (self.vae.decode(self._unscaled(latents.to(self.vae.dtype))).sample / 2 + 0.5).clamp(0, 1).float()
+        with self._on_device(self.vae):
+            return (self.vae.decode(self._unscaled(latents.to(self.vae.dtype))).sample / 2 + 0.5).clamp(0, 1).float()
 
     def _unscaled(self, latents: Tensor) -> Tensor:
         """Latents as the autoencoder takes them."""
@@ -220,7 +229,8 @@ class BaseModel(ABC):
 
         They are drawn from the autoencoder's posterior with ``generator``.
         """
-        posterior = self.vae.encode((images * 2 - 1).to(self.device, self.vae.dtype)).latent_dist
+        with self._on_device(self.vae):
+            posterior = self.vae.encode((images * 2 - 1).to(self.device, self.vae.dtype)).latent_dist
         return self._scaled(posterior.sample(generator))
 
     def clean_estimate(self, latents: Tensor, prediction: Tensor, timestep: int) -> Tensor:
@@ -236,6 +246,18 @@ class BaseModel(ABC):
         if self.prediction_type == "epsilon":
             return (latents - noise * prediction) / signal
         return signal * latents - noise * prediction if self.prediction_type == "v_prediction" else prediction
+
+    @contextmanager
+    def _on_device(self, *models: Any) -> Iterator[None]:
+        """The text encoders or the autoencoder on the denoiser's device inside the block, then where they were."""
+        moved = [(model, model.device) for model in models if model.device != self.device]
+        for model, _ in moved:
+            model.to(self.device)
+        try:
+            yield
+        finally:
+            for model, place in moved:
+                model.to(place)
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> BaseModel:
         """Move the whole pipeline; returns self."""
@@ -317,6 +339,9 @@ class DiTBase(BaseModel):
     def null_condition(self, batch_size: int) -> Condition:
         return {"class_labels": torch.full((batch_size,), self.num_classes, dtype=torch.int64, device=self.device)}
 
+    def blank_condition(self, batch_size: int) -> Condition:
+        return {"class_labels": torch.zeros(batch_size, dtype=torch.int64, device=self.device)}
+
     def all_conditions(self) -> list[int]:
         return list(range(self.num_classes))
 
@@ -330,7 +355,7 @@ class DiTBase(BaseModel):
         return named["timestep"], {"class_labels": named["class_labels"]}
 
     def _embedder(self) -> Any:
-        return self.pipeline.transformer.transformer_blocks[0].norm1.emb
+        return self.denoiser.transformer_blocks[0].norm1.emb
 
     def adapter_inputs(self, timestep: Tensor, condition: Condition, guidance_scale: Tensor) -> AdapterInputs:
         embedder, labels = self._embedder(), condition["class_labels"]
@@ -344,14 +369,14 @@ class DiTBase(BaseModel):
             )
 
     def adapter_input_dims(self) -> dict[str, int | None]:
-        width = int(self.pipeline.transformer.inner_dim)
+        width = int(self.denoiser.inner_dim)
         return {"timestep_dim": width, "class_dim": width, "prompt_dim": None}
 
     def attention_sites(self, all_sites: bool = True) -> dict[str, Site]:
-        width = int(self.pipeline.transformer.inner_dim)
+        width = int(self.denoiser.inner_dim)
         return {
             f"transformer_blocks.{i}.attn1": Site(block.attn1, block.ff, block.norm1.emb, width)
-            for i, block in enumerate(self.pipeline.transformer.transformer_blocks)
+            for i, block in enumerate(self.denoiser.transformer_blocks)
         }
 
     @property
@@ -361,7 +386,7 @@ class DiTBase(BaseModel):
 
     def num_parameters(self) -> int:
         total = sum(p.numel() for p in self.denoiser.parameters())
-        copies = len({block.norm1.emb for block in self.pipeline.transformer.transformer_blocks}) - 1
+        copies = len({block.norm1.emb for block in self.denoiser.transformer_blocks}) - 1
         return total - copies * sum(p.numel() for p in self._embedder().parameters())
 
 
@@ -396,7 +421,7 @@ class StableDiffusionBase(BaseModel):
                 raise ValueError(f"got the prompt {prompt!r}, expected a text (str) such as 'a red cube', or ''")
         self._warn_of_cut_prompts(prompts)
         starts = range(0, len(prompts), self.PROMPTS_AT_ONCE)
-        with _quiet_diffusers():
+        with _quiet_diffusers(), self._on_device(*self._text_encoders()):
             encoded = [self._encode(prompts[start : start + self.PROMPTS_AT_ONCE]) for start in starts]
         return {name: torch.cat([part[name] for part in encoded]) for name in encoded[0]}
 
@@ -447,6 +472,12 @@ class StableDiffusionBase(BaseModel):
 
     def _encode_null(self) -> Condition:
         return self.encode([""])
+
+    def blank_condition(self, batch_size: int) -> Condition:
+        tokenizer = self._tokenizers()[0]
+        length = tokenizer.model_max_length if tokenizer is not None else CLIP_TOKENS
+        width = int(self.denoiser.config.cross_attention_dim)
+        return {"encoder_hidden_states": torch.zeros(batch_size, length, width, device=self.device, dtype=self.dtype)}
 
     def all_conditions(self) -> list[Any]:
         raise ValueError(
@@ -546,6 +577,16 @@ class StableDiffusionXLBase(StableDiffusionBase):
             null |= {name: torch.zeros_like(null[name]) for name in ("encoder_hidden_states", "text_embeds")}
         return null
 
+    def blank_condition(self, batch_size: int) -> Condition:
+        config = self.denoiser.config
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        blank = super().blank_condition(batch_size)
+        tokens = blank["encoder_hidden_states"]
+        return blank | {
+            "text_embeds": tokens.new_zeros(batch_size, pooled),
+            "time_ids": tokens.new_zeros(batch_size, 6),
+        }
+
     def read_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Condition]:
         timestep, condition = super().read_call(args, kwargs)
         added = kwargs["added_cond_kwargs"]
@@ -628,6 +669,7 @@ def load_base(
     dtype: torch.dtype = torch.float32,
     revision: str | None = None,
     config: str | Path | None = None,
+    offload: bool = False,
 ) -> BaseModel:
     """Load a base model.
 
@@ -640,6 +682,8 @@ def load_base(
             architecture and prediction type, for the configuration and the tokenizer. By default the hub's for SDXL or
             SD 1.5, whichever the file's text encoder is of; ``revision`` is of that repository. A file that does not
             tell its prediction type (SD 2.x), or is of another (SDXL with v-prediction or EDM), needs it.
+        offload: put the denoiser alone on ``device``. The text encoders and the autoencoder stay in the computer's memory
+            and come to the device for the time of a call; training never calls them.
 
     Raises:
         BaseModelError: if there is no such model, it holds no safetensors, it is of another kind, or a single file needs
@@ -657,7 +701,11 @@ def load_base(
     else:
         pipeline = _load_folder_or_hub_id(source, dtype, revision)
     pipeline.set_progress_bar_config(disable=True)
-    return base_from_pipeline(pipeline.to(device), str(name), None if is_file else revision)
+    if not offload:
+        pipeline.to(device)
+    base = base_from_pipeline(pipeline, str(name), None if is_file else revision)
+    base.denoiser.to(device)
+    return base
 
 
 def _load_folder_or_hub_id(source: str, dtype: torch.dtype, revision: str | None) -> Any:
@@ -802,5 +850,5 @@ def count_flops(base: BaseModel) -> int:
     latents = torch.zeros(1, *base.latent_shape, device=base.device, dtype=base.dtype)
     # the counter knows the plain form of attention on every device, fused forms on GPUs only
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        base.denoise(latents, 0, base.null_condition(1))
+        base.denoise(latents, 0, base.blank_condition(1))
     return math.floor(counter.get_total_flops())

@@ -122,7 +122,7 @@ def what_runs(folder: str | Path = ".") -> list[tuple[str, bool, str]]:
     """
     from huggingface_hub import try_to_load_from_cache
 
-    memory, gpu_memory = _memory_gib(), _gpu_memory_gib()
+    memory, gpu_memory = _memory_gib(), gpu_memory_gib()
     free = shutil.disk_usage(folder).free / 2**30
     verdicts = []
     for job in JOBS:
@@ -170,7 +170,7 @@ def _memory_gib() -> float:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
 
 
-def _gpu_memory_gib() -> float:
+def gpu_memory_gib() -> float:
     """Memory of the largest GPU; 0 without one."""
     sizes = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
     return max(sizes, default=0) / 2**30

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from .attach import AdapterSet
 from .base_models import BaseModel, Condition
 from .errors import CheckpointError, StoreError
+from .guidance import Scale
 from .influence import influence_of
 from .sampling import sample_seed
 from .storage import read_json, read_tensors, sha256, write_json, write_tensors, writing
@@ -93,15 +94,22 @@ class TrainingState:
 
 
 class Student(nn.Module):
-    """The frozen base with its adapters, as one module whose only trainable parameters are the adapters'."""
+    """The frozen base with its adapters, as one module whose only trainable parameters are the adapters'.
 
-    def __init__(self, base: BaseModel, adapters: AdapterSet) -> None:
+    The base model may be in bfloat16: the adapters compute in their own float32.
+
+    Args:
+        gradient_checkpointing: see :meth:`agd_lib.attach.AdapterSet.set_gradient_checkpointing`.
+    """
+
+    def __init__(self, base: BaseModel, adapters: AdapterSet, gradient_checkpointing: bool = False) -> None:
         super().__init__()
         self.base = base
         self.denoiser = base.denoiser
         self.adapters = adapters.attach(base)
+        adapters.set_gradient_checkpointing(gradient_checkpointing)
 
-    def forward(self, latents: Tensor, timestep: Tensor, condition: Condition, guidance_scale: Tensor) -> Tensor:
+    def forward(self, latents: Tensor, timestep: Tensor, condition: Condition, guidance_scale: Scale) -> Tensor:
         """The single-pass prediction (B, C, H, W) in float32."""
         with self.adapters.guided_by(guidance_scale):
             return self.base.denoise(latents.to(self.base.dtype), timestep, condition).float()
@@ -183,6 +191,11 @@ class InfluenceOrder:
         return torch.stack([self.members[k][int(place * len(self.members[k]))] for k, place in zip(ranges, places)])
 
 
+def adam(adapters: AdapterSet, learning_rate: float) -> torch.optim.Adam:
+    """The optimiser of Algorithm 2: no weight decay, and no copies of the parameters while it steps (``fused``)."""
+    return torch.optim.Adam(adapters.parameters(), lr=learning_rate, fused=True)
+
+
 def train(
     base: BaseModel,
     adapters: AdapterSet,
@@ -191,6 +204,7 @@ def train(
     checkpoints: str | Path | None = None,
     checkpoint_every: int = 500,
     accelerator: Accelerator | None = None,
+    gradient_checkpointing: bool = False,
 ) -> Iterator[TrainingState]:
     """Algorithm 2: draw recorded states at random, take a step on the mean squared error to the guided prediction.
 
@@ -202,6 +216,8 @@ def train(
         checkpoints: folder for checkpoints; with one there, training resumes from it exactly.
         checkpoint_every: steps between checkpoints; one more is written at the end. The newest two are kept.
         accelerator: to train with settings of its own, such as mixed precision.
+        gradient_checkpointing: compute each block again in backward instead of keeping what it computed: less memory for
+            about a forward pass more a step, and the same gradients. :mod:`agd_lib.memory` predicts both.
 
     Raises:
         ValueError: if the batch cannot be shared out evenly among the processes.
@@ -230,7 +246,7 @@ def train(
             f"got batch size {settings.batch_size} for {accelerator.num_processes} processes and a checkpoint every "
             f"{checkpoint_every} steps, expected a multiple of the number of processes, and at least 1"
         )
-    optimizer = torch.optim.Adam(adapters.parameters(), lr=settings.learning_rate)
+    optimizer = adam(adapters, settings.learning_rate)
     influence = None
     if settings.weighting == "endpoint":
         with accelerator.main_process_first():
@@ -238,7 +254,7 @@ def train(
     order = None if influence is None else InfluenceOrder(store, influence)
     identity = _identity(settings, store, adapters, influence)
     folder = Path(checkpoints) if checkpoints else None
-    student, optimizer = accelerator.prepare(Student(base, adapters), optimizer)
+    student, optimizer = accelerator.prepare(Student(base, adapters, gradient_checkpointing), optimizer)
     weights = None if settings.weighting == "none" else timestep_weights(store).to(base.device)
     base.denoiser.eval()
     start = _resume(folder, adapters, optimizer, identity) if folder else 0
@@ -261,9 +277,9 @@ def train(
         learning_rate = settings.learning_rate_at(step)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
-        optimizer.zero_grad()
         accelerator.backward(loss)
         optimizer.step()
+        optimizer.zero_grad()  # now, not before the next backward: its forward pass needs the memory
         done = step + 1
         if folder and accelerator.is_main_process and (done % checkpoint_every == 0 or done == settings.num_steps):
             _save(folder, done, adapters, optimizer, identity)
@@ -390,7 +406,7 @@ def _resume(folder: Path, adapters: AdapterSet, optimizer: Any, identity: dict[s
     moments = read_tensors(latest / "optimizer.safetensors", CheckpointError, "checkpoint")
     for name, parameter in adapters.named_parameters():
         optimizer.state[parameter] = {
-            key: moments[f"{key}.{name}"].clone().to("cpu" if key == "step" else parameter.device)
+            key: moments[f"{key}.{name}"].clone().to(parameter.device)
             for key in ("step", "exp_avg", "exp_avg_sq")
             if f"{key}.{name}" in moments
         }

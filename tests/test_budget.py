@@ -94,12 +94,12 @@ def test_the_environment_is_reported(tmp_path: Path) -> None:
 def test_what_runs_follows_from_what_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agd_lib.budget.shutil, "disk_usage", lambda folder: SimpleNamespace(free=200 * 2**30))
     monkeypatch.setattr(agd_lib.budget, "_memory_gib", lambda: 31.2)  # sold as 32
-    monkeypatch.setattr(agd_lib.budget, "_gpu_memory_gib", lambda: 0.0)
+    monkeypatch.setattr(agd_lib.budget, "gpu_memory_gib", lambda: 0.0)
     without_gpu = {job: (runs, note) for job, runs, note in what_runs(tmp_path)}
     tiny, *_, paper = without_gpu.values()
     assert tiny == (True, "")
     assert paper == (False, "needs 24 GiB on one GPU, found 0")
-    monkeypatch.setattr(agd_lib.budget, "_gpu_memory_gib", lambda: 23.6)  # what a card of 24 GB reports
+    monkeypatch.setattr(agd_lib.budget, "gpu_memory_gib", lambda: 23.6)  # what a card of 24 GB reports
     assert all(runs for _, runs, _ in what_runs(tmp_path))
     monkeypatch.setattr(agd_lib.budget, "_memory_gib", lambda: 1.0)
     assert not any(runs for _, runs, _ in what_runs(tmp_path))

@@ -8,6 +8,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2
 
 from agd_lib import AdapterSet
 from agd_lib.base_models import DiTBase, count_flops
+from agd_lib.memory import GIB, MemorySettings, training_memory
 
 BLOCKS, WIDTH = 28, 1152
 CONFIG = {
@@ -89,3 +90,13 @@ def test_every_kind_stays_within_the_papers_share(xl: DiTBase) -> None:
         with torch.device("meta"):
             adapters = AdapterSet.create(xl, kind, hidden_size=hidden_size)
         assert 0.01 < adapters.num_parameters() / xl.num_parameters() < 0.05, kind
+
+
+def test_the_papers_batch_trains_in_four_gib(xl: DiTBase) -> None:
+    """64 states a step: bfloat16 base and gradient checkpointing, at half as many operations again."""
+    with torch.device("meta"):
+        adapters = AdapterSet.create(xl, "offset", hidden_size=256)
+    prediction = training_memory(xl, adapters, 64, MemorySettings(torch.bfloat16, True, offload=True))
+    assert prediction.memory.total == pytest.approx(3.51 * GIB, rel=0.01)
+    assert prediction.memory.base == pytest.approx(2 * 749_826_464, rel=0.01)
+    assert prediction.flops == pytest.approx(1.49 * 30.95e12, rel=0.01)
