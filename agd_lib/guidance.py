@@ -63,7 +63,9 @@ def scale_at(scale: Scale, timestep: int, batch_size: int, like: Tensor) -> Tens
             f"a tensor of shape ({batch_size},)"
         )
     # a plain number is checked as such: asking a tensor would wait for the device at every step
-    valid = bool((tensor.isfinite() & (tensor >= 0)).all()) if isinstance(value, Tensor) else 0 <= value < math.inf
+    valid = (
+        bool((tensor.isfinite() & (tensor >= 0)).all()) if not isinstance(value, int | float) else 0 <= value < math.inf
+    )
     if not valid:
         raise ValueError(
             f"got guidance scale {value}, expected finite numbers >= 0 (1 is the conditional model, usual values are "
