@@ -55,10 +55,9 @@ class Recipe:
     settings: TrainingSettings
 
 
-_PAPER_KIND = TrainingSettings(5_000, 128, 2e-3, weighting="endpoint", max_grad_norm=1.0)
 RECIPES: dict[str, Recipe] = {
-    "offset": Recipe(24, _PAPER_KIND),
-    "cross-attention": Recipe(20, _PAPER_KIND),
+    "offset": Recipe(24, TrainingSettings(5_000, 128, 2e-3, weighting="endpoint", max_grad_norm=1.0)),
+    "cross-attention": Recipe(20, TrainingSettings(2_500, 128, 2e-3, weighting="endpoint", max_grad_norm=1.0)),
     "modulated": Recipe(29, TrainingSettings(20_000, 128, 4e-3, weighting="endpoint", max_grad_norm=1.0)),
 }
 """Sizes of at most 5 % of tiny-dit's parameters. The paper's learning rate is 1e-4: small models bear a higher one."""
