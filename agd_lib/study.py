@@ -157,7 +157,7 @@ def _in_parallel(
 
 
 def write_study(path: Path, rows: Sequence[Row], command: str, seconds: float) -> None:
-    """Write rows with where they come from: command, commit, machine, time."""
+    """Write rows with where they come from: command, commit, machine, and seconds (what an earlier invocation measured is read)."""
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
     commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=False)
     write_json(
@@ -166,7 +166,7 @@ def write_study(path: Path, rows: Sequence[Row], command: str, seconds: float) -
             "command": command,
             "commit": commit.stdout.strip(),
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
-            "seconds": round(seconds),
+            "seconds_of_last_invocation": round(seconds),
             "rows": [asdict(row) for row in rows],
         },
     )
