@@ -95,6 +95,10 @@ class InceptionFeatures:
         return features.float().cpu(), None
 
 
+KEPT_FEATURES = 10_000
+"""Of a folder of reference images, the features of at most so many are kept: a million would fill the memory."""
+
+
 @dataclass(frozen=True)
 class Reference:
     """What generated images are compared with.
@@ -102,7 +106,8 @@ class Reference:
     Attributes:
         extractor: name of the extractor that made the features.
         mean: (D,). covariance: (D, D). Both float64.
-        features: (N, D), for precision and recall; None where only statistics are known.
+        features: (N, D), for precision and recall; of a folder of images at most :data:`KEPT_FEATURES` of them, evenly
+            spread; None where only statistics are known.
     """
 
     extractor: str
@@ -127,14 +132,47 @@ def statistics(features: Tensor) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         ValueError: if N <= D.
     """
-    count, size = features.shape
+    _check_count(*features.shape)
+    values = features.double().numpy()
+    return values.mean(axis=0), np.cov(values, rowvar=False)
+
+
+def _check_count(count: int, size: int) -> None:
     if count <= size:
         raise ValueError(
             f"got {count} samples for features of {size} numbers, expected more than {size}: with fewer the covariance "
             "is singular and a Frechet distance means nothing (50,000 is usual for FID)"
         )
-    values = features.double().numpy()
-    return values.mean(axis=0), np.cov(values, rowvar=False)
+
+
+class RunningStatistics:
+    """Mean and covariance of features that come in pieces: (D, D) numbers in memory, however many the features are."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def add(self, features: Tensor) -> None:
+        """Add features (N, D)."""
+        values = features.double()
+        if self.count == 0:  # sums are taken from near the mean: those of large, nearly equal numbers lose digits
+            self._origin = values.mean(dim=0)
+            self._sum = torch.zeros_like(self._origin)
+            self._products = torch.zeros(len(self._origin), len(self._origin), dtype=torch.float64)
+        values = values - self._origin
+        self.count += len(values)
+        self._sum += values.sum(dim=0)
+        self._products += values.T @ values
+
+    def result(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean (D,) and covariance (D, D), float64.
+
+        Raises:
+            ValueError: if not more than D features were added.
+        """
+        _check_count(self.count, len(self._sum) if self.count else 1)
+        offset = self._sum / self.count
+        covariance = (self._products - self.count * torch.outer(offset, offset)) / (self.count - 1)
+        return (self._origin + offset).numpy(), covariance.numpy()
 
 
 def save_reference(path: Path, features: Tensor, extractor_name: str) -> None:
@@ -162,11 +200,11 @@ def load_reference(path: str | Path, extractor: FeatureExtractor, num_images: in
             raise EvaluationError(f"{path} is damaged or has no 'mu' and 'sigma': {error}") from error
         reference = Reference(extractor.name, mean, covariance)
     else:
-        features = (
-            _features_of_folder(path, extractor, num_images) if path.is_dir() else _read_features(path, extractor)
-        )
         try:
-            reference = reference_from_features(extractor.name, features)
+            if path.is_dir():
+                reference = _reference_of_folder(path, extractor, num_images)
+            else:
+                reference = reference_from_features(extractor.name, _read_features(path, extractor))
         except ValueError as error:
             raise EvaluationError(f"the reference {path} is too small: {error}") from error
     if reference.mean.shape != (extractor.feature_dim,) or reference.covariance.shape != (extractor.feature_dim,) * 2:
@@ -198,7 +236,7 @@ def _spread(count: int, wanted: int) -> list[int]:
     return [i * count // wanted for i in range(wanted)]
 
 
-def _features_of_folder(folder: Path, extractor: FeatureExtractor, num_images: int | None) -> Tensor:
+def _reference_of_folder(folder: Path, extractor: FeatureExtractor, num_images: int | None) -> Reference:
     from PIL import Image
 
     suffixes = {".png", ".jpg", ".jpeg", ".webp"}
@@ -207,15 +245,22 @@ def _features_of_folder(folder: Path, extractor: FeatureExtractor, num_images: i
         raise EvaluationError(
             f"{folder} holds no images ({', '.join(sorted(suffixes))}); expected a folder of real images"
         )
-    features = []
-    for path in tqdm([paths[i] for i in _spread(len(paths), num_images or len(paths))], desc="reference"):
+    paths = [paths[i] for i in _spread(len(paths), num_images or len(paths))]
+    kept_numbers = set(_spread(len(paths), KEPT_FEATURES))
+    running, kept, pending = RunningStatistics(), [], []
+    for number, path in enumerate(tqdm(paths, desc="reference")):
         try:
             with Image.open(path) as image:
                 pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
         except OSError as error:  # also what PIL raises for damaged images
             raise EvaluationError(f"the image {path} is damaged: {error}") from error
-        features.append(extractor(torch.from_numpy(pixels).permute(2, 0, 1)[None])[0])
-    return torch.cat(features)
+        pending.append(extractor(torch.from_numpy(pixels).permute(2, 0, 1)[None])[0])
+        if number in kept_numbers:
+            kept.append(pending[-1])
+        if len(pending) == 64 or number == len(paths) - 1:
+            running.add(torch.cat(pending))
+            pending = []
+    return Reference(extractor.name, *running.result(), torch.cat(kept))
 
 
 def frechet_distance(

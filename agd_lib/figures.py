@@ -30,6 +30,9 @@ COLOURS = {
 CURVES = ("fd", "precision", "recall", "condition_accuracy")
 """The measures that are drawn over the scale."""
 
+_TITLES = {"fd": "Fréchet distance", "condition_accuracy": "accuracy", "endpoint_mse_ratio": "endpoint error"}
+"""As the tables call them; the other measures go by their own names."""
+
 
 def image_grid(
     images: Tensor,
@@ -616,7 +619,7 @@ def curves_over_scale(rows: Sequence[Row], measures: Sequence[str] = CURVES) -> 
                 axis.axhline(mean[0], color=colour, linestyle=":", label=method)
             else:
                 axis.errorbar(scale, mean, deviation, color=colour, marker="o", markersize=3, capsize=2, label=method)
-        axis.set_title(measure.replace("_", " ").replace("fd", "Fréchet distance"), fontsize=10)
+        axis.set_title(_TITLES.get(measure, measure), fontsize=10)
         axis.set_xlabel("guidance scale w")
         axis.grid(alpha=0.3)
     axes[0, 0].legend(fontsize=7)

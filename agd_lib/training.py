@@ -45,6 +45,8 @@ class TrainingSettings:
         weighting: ``"none"`` is the paper's plain squared error of states drawn uniformly; ``"timestep"`` weights each
             state's error by its noise level (see :func:`timestep_weights`); ``"endpoint"`` also draws states from every
             noise level as often as guidance there moves the final image (see :mod:`agd_lib.influence`).
+        max_grad_norm: a longer gradient is scaled down to this norm, which lets a higher learning rate be stable; None
+            (the paper) leaves it as it is.
         seed: of the order in which states are drawn.
     """
 
@@ -53,6 +55,7 @@ class TrainingSettings:
     learning_rate: float = 1e-4
     warmup: float = 0.1
     weighting: str = "none"
+    max_grad_norm: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -62,6 +65,10 @@ class TrainingSettings:
             raise ValueError(
                 f"got learning rate {self.learning_rate} and warm-up {self.warmup}, expected a positive rate and a "
                 "share of the steps from 0 to 1"
+            )
+        if self.max_grad_norm is not None and not 0 < self.max_grad_norm < math.inf:
+            raise ValueError(
+                f"got max_grad_norm {self.max_grad_norm}, expected a positive number, or None to clip nothing"
             )
         if self.weighting not in ("none", "timestep", "endpoint"):
             raise ValueError(f"got weighting {self.weighting!r}, expected 'none' (the paper), 'timestep' or 'endpoint'")
@@ -278,6 +285,8 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         accelerator.backward(loss)
+        if settings.max_grad_norm is not None:
+            accelerator.clip_grad_norm_(adapters.parameters(), settings.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()  # now, not before the next backward: its forward pass needs the memory
         done = step + 1

@@ -308,6 +308,8 @@ _MANIFEST_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "num_trajectories": (_is_count, "a whole number from 1"),
     "trajectories_per_shard": (_is_count, "a whole number from 1"),
     "num_train_timesteps": (_is_count, "a whole number from 1"),
+    "num_inference_steps": (_is_count, "a whole number from 1"),
+    "guided_channels": (_is_count, "a whole number from 1"),
     "guidance_range": (_is_pair, "[w_min, w_max]"),
     "dtype": (lambda value: isinstance(value, str) and value in _DTYPES, f"one of: {', '.join(_DTYPES)}"),
     "base_name": (lambda value: isinstance(value, str), "a name"),

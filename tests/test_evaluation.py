@@ -25,6 +25,7 @@ from agd_lib.evaluation import (
     EvaluationError,
     InceptionFeatures,
     Reference,
+    RunningStatistics,
     ShapesFeatures,
     default_extractor,
     describe,
@@ -100,7 +101,23 @@ def test_statistics_are_mean_and_unbiased_covariance() -> None:
     assert mean.dtype == covariance.dtype == np.float64
 
 
+def test_running_statistics_equal_those_of_all_features_at_once() -> None:
+    features = 1e4 + normal(500, 8) @ normal(8, 8, seed=1)
+    running = RunningStatistics()
+    for piece in features.split([1, 9, 290, 200]):
+        running.add(piece)
+    mean, covariance = running.result()
+    np.testing.assert_allclose(mean, features.double().numpy().mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(covariance, np.cov(features.double().numpy().T), rtol=1e-9, atol=1e-9)
+
+
 def test_too_few_samples_for_a_covariance_are_refused() -> None:
+    with pytest.raises(ValueError, match="got 0 samples"):
+        RunningStatistics().result()
+    running = RunningStatistics()
+    running.add(normal(8, 8))
+    with pytest.raises(ValueError, match="got 8 samples for features of 8 numbers, expected more than 8"):
+        running.result()
     with pytest.raises(ValueError, match="got 8 samples for features of 8 numbers, expected more than 8"):
         statistics(normal(8, 8))
     with pytest.raises(ValueError, match="expected more than 8"):
@@ -337,9 +354,19 @@ def test_a_folder_of_images_equals_direct_statistics(images: Path) -> None:
     (images / "notes.txt").write_text("not an image")
     reference, features = load_reference(images, MeanColours()), direct_features(images)
     assert reference.features is not None and torch.equal(reference.features, features)
-    np.testing.assert_array_equal(reference.mean, features.double().numpy().mean(axis=0))
-    np.testing.assert_allclose(reference.covariance, np.cov(features.double().numpy().T), rtol=1e-12)
+    np.testing.assert_allclose(reference.mean, features.double().numpy().mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(reference.covariance, np.cov(features.double().numpy().T), rtol=1e-9)
     assert reference.extractor == "mean-colours"
+
+
+def test_features_of_a_large_folder_are_thinned_but_its_statistics_are_whole(
+    images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = load_reference(images, MeanColours())
+    monkeypatch.setattr("agd_lib.evaluation.KEPT_FEATURES", 5)
+    thinned = load_reference(images, MeanColours())
+    assert thinned.features is not None and torch.equal(thinned.features, direct_features(images)[::2])
+    np.testing.assert_array_equal(thinned.covariance, whole.covariance)
 
 
 def test_some_images_of_a_folder_are_spread_over_it(images: Path) -> None:

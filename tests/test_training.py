@@ -199,8 +199,23 @@ def test_the_optimiser_uses_that_rate(dit_base: DiTBase, store: TrajectoryStore)
     ]
 
 
+def test_long_gradients_are_scaled_down_and_short_ones_left(dit_base: DiTBase, store: TrajectoryStore) -> None:
+    gradients = {}
+    for max_grad_norm in (None, 1e-6, 1e6):
+        adapters = some_adapters(dit_base)
+        next(train(dit_base, adapters, store, TrainingSettings(batch_size=8, max_grad_norm=max_grad_norm)))
+        gradients[max_grad_norm] = torch.cat([p.grad.flatten() for p in adapters.parameters() if p.grad is not None])
+        adapters.remove()
+    assert float(gradients[None].norm()) > 1e-5
+    assert torch.equal(gradients[1e6], gradients[None])
+    expected = 1e-6 * gradients[None] / gradients[None].norm()
+    torch.testing.assert_close(gradients[1e-6], expected, rtol=0.2, atol=0)  # torch adds 1e-6 to the norm
+    assert float(gradients[1e-6].norm()) <= 1e-6
+
+
 def test_the_papers_settings_are_the_defaults() -> None:
     settings = TrainingSettings()
+    assert settings.max_grad_norm is None
     assert (settings.num_steps, settings.batch_size, settings.learning_rate) == (5_000, 64, 1e-4)
     assert (settings.warmup, settings.weighting) == (0.1, "none")
 
@@ -216,6 +231,8 @@ def test_the_papers_settings_are_the_defaults() -> None:
         {"warmup": 1.5},
         {"warmup": math.nan},
         {"weighting": "snr"},
+        {"max_grad_norm": 0.0},
+        {"max_grad_norm": math.nan},
     ],
     ids=str,
 )

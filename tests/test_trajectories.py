@@ -554,6 +554,14 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "no shards": (edited(lambda m: m.pop("shards")), "shards = None, expected a list"),
     "no checksum": (edited(lambda m: m["shards"][1].pop("sha256")), "malformed entry for shard 1"),
     "other latent shape": (edited(lambda m: m.update(latent_shape=[4, 4, 8])), "shard-00000.safetensors holds"),
+    "no sampler steps": (
+        edited(lambda m: m.update(num_inference_steps=0)),
+        "num_inference_steps = 0, expected a whole",
+    ),
+    "guided channels of text": (
+        edited(lambda m: m.update(guided_channels="3")),
+        "guided_channels = '3', expected a whole",
+    ),
     "no latent shape": (edited(lambda m: m.update(latent_shape=[4, 8])), r"latent_shape = \[4, 8\]"),
     "no range": (edited(lambda m: m.update(guidance_range=None)), "guidance_range = None"),
     "no steps": (edited(lambda m: m.update(num_train_timesteps=0)), "num_train_timesteps = 0"),
