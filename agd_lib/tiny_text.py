@@ -16,6 +16,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +31,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -316,6 +318,7 @@ def train_denoiser(
     ema_decay: float = 0.999,
     seed: int = 0,
     checkpoint: Checkpoint | None = None,
+    compiled: bool = False,
 ) -> Denoiser:
     """Train UNet and text encoders for one cycle; returns the exponential moving average of their weights.
 
@@ -326,33 +329,39 @@ def train_denoiser(
         mean, std: (N, 4, 8, 8), the autoencoder's posteriors; a latent is drawn anew at every use.
         ids: (N, 24), the captions' tokens. time_ids: (N, 6).
         checkpoint: with one there, training goes on from it exactly.
+        compiled: compile, and compute in bfloat16. On a CPU with AMX that is 1.3 times as fast, after some minutes.
 
     Raises:
         CheckpointError: if the checkpoint is damaged or of other settings. WriteError: if it cannot be written.
     """
     torch.manual_seed(seed)
     denoiser.train()
+    forward = torch.compile(denoiser, dynamic=False) if compiled else denoiser
+    fast = torch.autocast("cpu", torch.bfloat16, enabled=compiled)
 
     def predict(noisy: Tensor, timesteps: Tensor, indices: Tensor, dropped: Tensor) -> Tensor:
-        prediction: Tensor = denoiser(noisy, timesteps, ids[indices], dropped, time_ids[indices])
-        return prediction
+        with fast:
+            prediction: Tensor = forward(noisy, timesteps, ids[indices], dropped, time_ids[indices])
+        return prediction.float()
 
-    ema: Any = train_cycle(
-        denoiser,
-        predict,
-        new_scheduler(denoiser.prediction_type),
-        mean,
-        std,
-        scaling_factor,
-        steps,
-        batch_size,
-        learning_rate,
-        caption_dropout,
-        ema_decay,
-        ema_lag=6,
-        seed=seed,
-        checkpoint=checkpoint,
-    )
+    # the backward pass of the fused attention is slow in bfloat16
+    with sdpa_kernel(SDPBackend.MATH) if compiled else nullcontext():
+        ema: Any = train_cycle(
+            denoiser,
+            predict,
+            new_scheduler(denoiser.prediction_type),
+            mean,
+            std,
+            scaling_factor,
+            steps,
+            batch_size,
+            learning_rate,
+            caption_dropout,
+            ema_decay,
+            ema_lag=6,
+            seed=seed,
+            checkpoint=checkpoint,
+        )
     trained: Denoiser = ema
     return trained
 
@@ -492,6 +501,7 @@ def build_tiny_text(
     num_reference: int = 5_000,
     work: Path = ROOT / "runs" / "build" / "tiny-text",
     num_samples: int = 500,
+    compiled: bool = True,
 ) -> None:
     """Train autoencoder, reader, denoiser and text encoders, and save them as ``output``, a diffusers pipeline folder.
 
@@ -505,6 +515,7 @@ def build_tiny_text(
         cycles: see :data:`TEXT_CYCLES`. num_reference: images of the reference.
         work: where unfinished work is kept; autoencoder and reader in it serve both models.
         num_samples: samples for each measurement of the denoiser.
+        compiled: see :func:`train_denoiser`; short trainings are faster without.
 
     Raises:
         CheckpointError: if ``output`` or a stage was trained with other settings. WriteError: if the disk is full.
@@ -538,7 +549,7 @@ def build_tiny_text(
     reader = features.model
     measured = _measured(vae_folder, lambda: measure_autoencoder(vae, reader, 10 * num_samples))
     tokenizer = new_tokenizer()
-    folders = _train_cycles(model, vae_folder, tokenizer, images, [caption(s) for s in scenes], cycles, work)
+    folders = _train_cycles(model, vae_folder, tokenizer, images, [caption(s) for s in scenes], cycles, work, compiled)
     for number, (folder, denoiser) in enumerate(folders, start=1):
         shares = _measured(folder, lambda: measure_denoiser(denoiser, vae, tokenizer, reader, num_samples))  # noqa: B023
         measured |= {f"samples after cycle {number}, {name}": value for name, value in shares.items()}
@@ -577,6 +588,7 @@ def _train_cycles(
     captions: Sequence[str],
     cycles: Sequence[tuple[int, float]],
     work: Path,
+    compiled: bool,
 ) -> Iterator[tuple[Path, Denoiser]]:
     """Folder and denoiser after each cycle; finished ones are kept in ``work`` and not repeated."""
     torch.manual_seed(0)
@@ -601,7 +613,9 @@ def _train_cycles(
                 data = mean, std, tokenize(tokenizer, captions), time_ids
             checkpoint = Checkpoint(work / model / f"cycle-{i + 1}-unfinished", settings)
             factor = vae.config.scaling_factor
-            trained = train_denoiser(denoiser, *data, factor, steps, learning_rate, seed=i, checkpoint=checkpoint)
+            trained = train_denoiser(
+                denoiser, *data, factor, steps, learning_rate, seed=i, checkpoint=checkpoint, compiled=compiled
+            )
             _save(trained, folder, settings)
             checkpoint.remove()
         check_settings(folder, settings)

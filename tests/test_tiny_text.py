@@ -38,7 +38,7 @@ PIPELINES = {"sd21": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
 
 
 def build(model: Any, output: Path, work: Path) -> None:
-    build_tiny_text(model, output, 64, 2, 2, CYCLES, num_reference=70, work=work, num_samples=4)
+    build_tiny_text(model, output, 64, 2, 2, CYCLES, num_reference=70, work=work, num_samples=4, compiled=False)
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +198,7 @@ def test_a_finished_output_is_left_alone(folder: Path, tmp_path: Path, monkeypat
     assert before == {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in folder.rglob("*")}
     assert not (tmp_path / "no-work").exists()
     with pytest.raises(CheckpointError, match="other settings: vae_steps is 2 there, 3 here"):
-        build_tiny_text(folder.name, folder, 64, 2, 3, CYCLES, num_reference=70)  # type: ignore[arg-type]
+        build_tiny_text(folder.name, folder, 64, 2, 3, CYCLES, num_reference=70, compiled=False)  # type: ignore[arg-type]
 
 
 def test_finished_stages_are_not_repeated(
@@ -234,7 +234,9 @@ def test_a_stage_of_other_settings_is_refused(
         monkeypatch.setattr(tiny_text, name, refuse)
     asked = {"num_images": 64, "reader_steps": 2, "vae_steps": 2, "cycles": CYCLES} | changes
     with pytest.raises(CheckpointError, match=said):
-        build_tiny_text(folder.name, tmp_path / "new", **asked, num_reference=70, work=work, num_samples=4)
+        build_tiny_text(
+            folder.name, tmp_path / "new", **asked, num_reference=70, work=work, num_samples=4, compiled=False
+        )
     assert not (tmp_path / "new").exists()
 
 
