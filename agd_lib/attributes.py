@@ -22,7 +22,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from .extractor import checked_pixels, conv_stages, load_local, weights_hash
-from .scenes import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES, Asked, AskedObject, Scene, asked
+from .scenes import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES, Asked, AskedObject, Scene, asked, read_caption
 from .shapes import IMAGE_SIZE
 
 ARRANGEMENTS: dict[str, str] = {
@@ -194,17 +194,14 @@ class AttributeFeatures:
         self.device = device
 
     @torch.no_grad()
-    def __call__(self, images: Tensor) -> tuple[Tensor, None]:
-        """Images (B, 3, 32, 32) in [0, 1] -> features (B, D); a scene has no class label."""
-        return self.model(images.to(self.device) * 2 - 1).features.cpu(), None
-
-    def fulfilled(self, images: Tensor, scenes: Sequence[Scene]) -> Tensor:
-        """For each image whether everything that the scene's caption asks for is in it, (B,) bool.
-
-        Args:
-            images: (B, 3, 32, 32) in [0, 1], generated from the captions of ``scenes``.
+    def __call__(self, images: Tensor, conditions: Sequence[str] | None = None) -> tuple[Tensor, Tensor | None]:
+        """Features (B, D) of images (B, 3, 32, 32) in [0, 1], and which of them show everything that their prompt asks for.
 
         Raises:
-            ValueError: if there are not as many scenes as images.
+            ValueError: if a prompt is not in the captions' grammar (:func:`~agd_lib.scenes.read_caption`).
         """
-        return fulfilled(self.model, images.to(self.device) * 2 - 1, scenes)
+        output = self.model(images.to(self.device) * 2 - 1)
+        if conditions is None:
+            return output.features.cpu(), None
+        pairs = zip(readings(output.logits), map(read_caption, conditions), strict=True)
+        return output.features.cpu(), torch.tensor([fulfils(seen, wanted) for seen, wanted in pairs])

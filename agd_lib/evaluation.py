@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +22,8 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .base_models import BaseModel, count_forwards
+from .attributes import AttributeFeatures
+from .base_models import BaseModel, DiTBase, count_forwards
 from .errors import AGDError
 from .extractor import ShapesExtractor, load_local
 from .guidance import AGD, CFG, Guidance, Unguided
@@ -45,8 +47,16 @@ class FeatureExtractor(Protocol):
     name: str
     feature_dim: int
 
-    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Images (B, 3, H, W) in [0, 1] -> features (B, D) float32, and predicted class labels (B,) or None."""
+    def __call__(self, images: Tensor, conditions: Sequence[Any] | None = None) -> tuple[Tensor, Tensor | None]:
+        """Look at images (B, 3, H, W) in [0, 1].
+
+        Args:
+            conditions: what the images should show, B class labels or prompts.
+
+        Returns:
+            ``(features, shown)``: (B, D) float32, and (B,) bool: which images show what they should, all of it. None
+            where no conditions are given, or where the extractor cannot tell.
+        """
         ...
 
 
@@ -68,9 +78,10 @@ class ShapesFeatures:
         self.device = device
 
     @torch.no_grad()
-    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, images: Tensor, conditions: Sequence[int] | None = None) -> tuple[Tensor, Tensor | None]:
         output = self.model(images.to(self.device) * 2 - 1)
-        return output.features.cpu(), output.logits.argmax(dim=1).cpu()
+        seen = output.logits.argmax(dim=1).cpu()
+        return output.features.cpu(), None if conditions is None else seen == torch.as_tensor(conditions)
 
 
 class InceptionFeatures:
@@ -88,7 +99,7 @@ class InceptionFeatures:
         self.resize = build_resizer("clean")
 
     @torch.no_grad()
-    def __call__(self, images: Tensor) -> tuple[Tensor, None]:
+    def __call__(self, images: Tensor, conditions: Sequence[Any] | None = None) -> tuple[Tensor, None]:
         pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         resized = np.stack([self.resize(image) for image in pixels])  # (B, 299, 299, 3), 0..255
         features = self.model(torch.from_numpy(resized).permute(0, 3, 1, 2).to(self.device))
@@ -336,8 +347,8 @@ def evaluate(
             this).
         keep: a folder. What is measured is kept there, and read instead of measured again while everything that it
             depends on (weights, samples, reference, library arguments) is the same.
-        conditions: class labels or prompts, taken in turn; by default every class that the model knows. Only class labels
-            have an accuracy.
+        conditions: class labels or prompts, taken in turn; by default every class that the model knows. The share of
+            the images that show theirs is the row's accuracy, where the extractor can tell.
 
     Raises:
         ValueError: if n is too small, or a text-to-image model gets no prompts. EvaluationError: if reference and
@@ -366,7 +377,8 @@ def evaluate(
         if kept is not None:
             return kept
     label = f"{kind} {scale:g}" if adapter is None else f"{kind} {adapter} {scale:g}"
-    latents, features, predicted = [], [], []
+    asked = iter(conditions)
+    latents, features, shown = [], [], []
     seconds = 0.0
     with count_forwards(base) as meter:
         batches = generate(base, conditions, guidance, num_inference_steps, seed, batch_size)
@@ -378,11 +390,11 @@ def evaluate(
                 if batch is None:
                     break
                 seconds += time.perf_counter() - start
-                batch_features, batch_predicted = extractor(base.decode(batch))
+                batch_features, batch_shown = extractor(base.decode(batch), list(islice(asked, len(batch))))
                 latents.append(batch.float().cpu())
                 features.append(batch_features)
-                if batch_predicted is not None:
-                    predicted.append(batch_predicted)
+                if batch_shown is not None:
+                    shown.append(batch_shown)
                 bar.update(len(batch))
     final, all_features = torch.cat(latents), torch.cat(features)
     precision = recall = accuracy = ratio = None
@@ -390,8 +402,8 @@ def evaluate(
         precision, recall = precision_recall(
             all_features, reference.features[_spread(len(reference.features), max_reference)]
         )
-    if predicted and not isinstance(conditions[0], str):
-        accuracy = (torch.cat(predicted) == torch.tensor(conditions)).double().mean().item()
+    if shown:
+        accuracy = torch.cat(shown).double().mean().item()
     if (
         unguided_latents is not None
         and cfg_latents is not None
@@ -556,5 +568,6 @@ def default_extractor(base: BaseModel, data: Path) -> tuple[FeatureExtractor, Pa
     """The extractor for a base model and its shipped reference: the small one for ``tiny-`` models, else Inception."""
     folder = data / base.name
     if (folder / "extractor").is_dir():
-        return ShapesFeatures(folder / "extractor", base.device), folder / "reference.safetensors"
+        small = ShapesFeatures if isinstance(base, DiTBase) else AttributeFeatures
+        return small(folder / "extractor", base.device), folder / "reference.safetensors"
     return InceptionFeatures(base.device), None

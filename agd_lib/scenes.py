@@ -1,14 +1,15 @@
 """Captioned scenes: the offline data set of the text-to-image models.
 
 A scene shows one or two objects, each with a shape, a colour and a size, at a place or in a relation to each other,
-on a background. Its caption asks for all of that or for part of it, always for the shapes. What a caption asks for is
-known from the scene itself (:func:`asked`): nothing is ever parsed. An image is a pure function of ``(seed, index)``,
-drawn by the rasteriser of :mod:`agd_lib.shapes`.
+on a background. Its caption asks for all of that or for part of it, always for the shapes (:func:`asked`);
+:func:`read_caption` finds that out from the words, so that anybody's prompts in the same grammar can be judged. An image
+is a pure function of ``(seed, index)``, drawn by the rasteriser of :mod:`agd_lib.shapes`.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -181,6 +182,37 @@ def caption(scene: Scene) -> str:
     if wanted.background is not None:
         text = f"{text}, on a {wanted.background} background"
     return text
+
+
+def _any_of(names: Iterable[str]) -> str:
+    return f"({'|'.join(names)})"
+
+
+_NOUN = rf"an? (?:{_any_of(SIZES)} )?(?:{_any_of(COLOURS)} )?{_any_of(SHAPES)}"
+_CAPTION = re.compile(
+    rf"{_NOUN}(?: {_any_of(PLACES.values())}| {_any_of((*RELATIONS, 'and'))} {_NOUN})?"
+    rf"(?:, on an? {_any_of(BACKGROUNDS)} background)?"
+)
+
+
+def read_caption(text: str) -> Asked:
+    """What a text asks for, if it is in the grammar of :func:`caption`.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    match = _CAPTION.fullmatch(text)
+    if match is None:
+        raise ValueError(
+            f"got the prompt {text!r}, expected one in the captions' grammar, such as 'a large red ring left of a small "
+            "star, on a dark blue background': colours, sizes, places and background may be left out"
+        )
+    size, colour, shape, place, relation, size_2, colour_2, shape_2, background = match.groups()
+    if relation is None:
+        layout = next((name for name, words in PLACES.items() if words == place), None)
+        return Asked((AskedObject(shape, colour, size),), layout, background)
+    objects = (AskedObject(shape, colour, size), AskedObject(shape_2, colour_2, size_2))
+    return Asked(objects, None if relation == "and" else relation, background)
 
 
 def vocabulary() -> list[str]:

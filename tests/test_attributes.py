@@ -22,7 +22,7 @@ from agd_lib.attributes import (
 )
 from agd_lib.evaluation import EvaluationError, ShapesFeatures, load_reference, save_reference
 from agd_lib.extractor import ShapesExtractor
-from agd_lib.scenes import Asked, AskedObject, Scene, asked, draw_scene, make_scenes
+from agd_lib.scenes import Asked, AskedObject, Scene, asked, caption, draw_scene, make_scenes
 from agd_lib.tiny_text import reader_loss, train_reader
 
 RING = AskedObject("ring", "red", "large")
@@ -144,16 +144,18 @@ def test_saved_and_loaded_as_features(reader: AttributeReader, tmp_path: Path) -
     assert {path.suffix for path in (tmp_path / "reader").iterdir()} == {".json", ".safetensors"}
     extractor = AttributeFeatures(tmp_path / "reader")
     images, scenes = make_scenes(0, 20)
-    features, predicted = extractor(images.float() / 255)
-    assert predicted is None and features.shape == (20, extractor.feature_dim) and features.dtype == torch.float32
+    features, shown = extractor(images.float() / 255)
+    assert shown is None and features.shape == (20, extractor.feature_dim) and features.dtype == torch.float32
     torch.testing.assert_close(features, reader(images).features, atol=1e-5, rtol=1e-4)
     save_reference(tmp_path / "reference.safetensors", features, extractor.name)
     reference = load_reference(tmp_path / "reference.safetensors", extractor)
     assert reference.features is not None and torch.equal(reference.features, features)
-    unit = images.float() / 255
-    assert torch.equal(extractor.fulfilled(unit, scenes), fulfilled(reader, images, scenes))
-    with pytest.raises(ValueError, match="got 20 images and 3 scenes"):
-        extractor.fulfilled(unit, scenes[:3])
+    unit, prompts = images.float() / 255, [caption(scene) for scene in scenes]
+    assert torch.equal(extractor(unit, prompts)[1], fulfilled(reader, images, scenes))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="shorter than"):
+        extractor(unit, prompts[:3])
+    with pytest.raises(ValueError, match=r"got the prompt 'a cat', expected one in the captions' grammar"):
+        extractor(unit, ["a cat"] * 20)
 
 
 def test_the_name_tells_readers_apart(reader: AttributeReader, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -55,11 +56,11 @@ class MeanColours:
     name = "mean-colours"
     feature_dim = 6
 
-    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, images: Tensor, conditions: Sequence[int] | None = None) -> tuple[Tensor, Tensor | None]:
         assert images.dtype == torch.float32 and images.ndim == 4 and images.shape[1] == 3
         assert float(images.min()) >= 0 and float(images.max()) <= 1
         features = torch.cat([images.mean(dim=(2, 3)), images.std(dim=(2, 3))], dim=1)
-        return features, torch.ones(len(images), dtype=torch.int64)
+        return features, None if conditions is None else torch.tensor(conditions) == 1
 
 
 # Frechet distance --------------------------------------------------------------------------------------------------
@@ -524,11 +525,13 @@ def test_the_shapes_extractor_sees_images_in_minus_one_to_one(tmp_path: Path) ->
     model.save_pretrained(tmp_path / "extractor")
     extractor = ShapesFeatures(tmp_path / "extractor")
     pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
-    features, labels = extractor(pixels.float() / 255)
     with torch.no_grad():
         output = model(pixels)
+    seen = output.logits.argmax(dim=1)
+    features, shown = extractor(pixels.float() / 255, (seen + torch.tensor([0, 1, 0])).tolist())
     torch.testing.assert_close(features, output.features, rtol=1e-3, atol=1e-4)
-    assert torch.equal(labels, output.logits.argmax(dim=1))
+    assert shown is not None and shown.tolist() == [True, False, True]
+    assert extractor(pixels.float() / 255)[1] is None
     assert (extractor.name, extractor.feature_dim) == ("shapes-extractor", 16)
 
 

@@ -23,6 +23,7 @@ from agd_lib.scenes import (
     caption,
     draw_scene,
     make_scenes,
+    read_caption,
     render,
     vocabulary,
 )
@@ -112,6 +113,21 @@ def test_captions_and_what_they_ask_for_agree(scenes: list[Scene]) -> None:
             assert item.shape == drawn.shape
             assert item.colour in (None, drawn.colour) and item.size in (None, drawn.size)
         assert wanted.layout in (None, scene.layout) and wanted.background in (None, scene.background)
+
+
+def test_captions_are_read_as_what_they_ask_for() -> None:
+    for index in range(3_000):
+        scene = draw_scene(5, index)
+        assert read_caption(caption(scene)) == asked(scene)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "a", "a red", "a cat", "a red ring ", "red ring", "a large red ring left of", "a ring on a black background"],
+)
+def test_what_is_no_caption_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="expected one in the captions' grammar"):
+        read_caption(text)
 
 
 def test_captions_vary(scenes: list[Scene]) -> None:

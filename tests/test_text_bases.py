@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -762,12 +762,15 @@ def test_noised_data_are_as_the_denoiser_sees_its_states(base: StableDiffusionBa
 
 
 class Pixels:
-    """A feature extractor: mean colours of four pixels and, as if it knew classes, a class for each image."""
+    """A feature extractor: mean colours of four pixels. Finds what each prompt but the first asks for."""
 
     name, feature_dim = "pixels", 4
 
-    def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return images.mean(dim=1)[:, ::32, ::32].flatten(1), torch.zeros(len(images), dtype=torch.int64)
+    def __call__(
+        self, images: torch.Tensor, conditions: Sequence[str] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        features = images.mean(dim=1)[:, ::32, ::32].flatten(1)
+        return features, None if conditions is None else torch.tensor([text != PROMPTS[0] for text in conditions])
 
 
 def test_evaluation_takes_prompts_in_turn(base: StableDiffusionBase) -> None:
@@ -776,7 +779,7 @@ def test_evaluation_takes_prompts_in_turn(base: StableDiffusionBase) -> None:
     reference = reference_from_features("pixels", features)
     settings = {"n": 6, "num_inference_steps": 2, "batch_size": 4, "progress": False}
     measured = evaluate(base, CFG(3.0), reference, Pixels(), conditions=PROMPTS, **settings)
-    assert measured.row.nfe == 4 and measured.row.condition_accuracy is None
+    assert measured.row.nfe == 4 and measured.row.condition_accuracy == pytest.approx(4 / 6)
     expected = torch.cat(list(generate(base, [*PROMPTS, *PROMPTS[:2]], CFG(3.0), 2, batch_size=4)))
     assert torch.equal(measured.latents, expected)
     with pytest.raises(ValueError, match="takes any prompt and has no list of them"):
