@@ -621,9 +621,9 @@ def test_modulated_adapters_shift_the_prompt_tokens_that_an_attention_sees(base:
         base.denoise(noise(4), 200, condition)
     shifts = {path: tokens - condition["encoder_hidden_states"] for path, tokens in seen.items()}
     scale = torch.full((4,), 3.0)
-    inputs = adapters.shared(base.adapter_inputs(torch.tensor(200), condition, scale))
+    inputs = adapters.shared(base.adapter_inputs(torch.tensor([200] * 4), condition, scale))
     for path, shift in shifts.items():
-        expected = adapters._at(path).condition(inputs).embedding_shift
+        expected = adapters._at(path).embedding_proj(inputs.shift_code)
         torch.testing.assert_close(shift, expected.detach(), rtol=1e-3, atol=1e-4)
         assert shift.std(dim=1).mean() > 0.01  # differs from token to token
     with adapters.guided_by(1.0):
@@ -655,7 +655,7 @@ def test_adapters_see_the_unets_own_time_embedding(base: StableDiffusionBase) ->
     base.denoiser.time_embedding.register_forward_hook(lambda module, args, output: seen.append(output.detach()))
     condition = base.encode(PROMPTS)
     base.denoise(noise(4), 333.25, condition)
-    inputs = base.adapter_inputs(torch.tensor(333.25), condition, torch.ones(4))
+    inputs = base.adapter_inputs(torch.tensor([333.25] * 4), condition, torch.ones(4))
     assert torch.equal(inputs.timestep_embedding, seen[0])
     assert torch.equal(inputs.prompt_embeddings, condition["encoder_hidden_states"])  # type: ignore[arg-type]
     assert inputs.class_embedding is None
