@@ -86,7 +86,8 @@ class Site:
 class SamplingRun:
     """One run of a scheduler from noise to samples, and what is computed once for all of its steps.
 
-    A new run computes everything anew, so nothing is used that was computed before a weight changed.
+    A new run computes everything anew. Within a run the base model and its text encoders must stay as they are; adapters,
+    scales and conditions may change, which is noticed.
 
     Attributes:
         scheduler: its ``timesteps`` are read at the first step, and only to know which ones to expect.

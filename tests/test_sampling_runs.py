@@ -28,7 +28,6 @@ from agd_lib.adapters import ADAPTERS
 from agd_lib.attach import find_adapters
 from agd_lib.base_models import BaseModel, Condition, DiTBase, SamplingRun
 from agd_lib.guidance import Guidance, Scale
-from agd_lib.project import DATA
 
 # diffusers 0.42.1 on NumPy 2, in EulerDiscreteScheduler
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
@@ -345,17 +344,14 @@ def added_operations(base: BaseModel, adapters: AdapterSet, condition: Condition
     return counts[1] / counts[0] - 1
 
 
-@pytest.mark.parametrize(("kind", "limit"), [("offset", 0.10), ("cross-attention", 0.25), ("modulated", 0.25)])
+@pytest.mark.parametrize(("kind", "limit"), [("offset", 0.10), ("cross-attention", 0.25), ("modulated", 0.20)])
 def test_operations_on_tiny_dit(tmp_path: Path, kind: str, limit: float) -> None:
-    base = load_base(DATA / "tiny-dit")
-    base.name = "tiny-dit"
+    base = load_base("tiny-dit")
     adapters = AdapterSet.from_pretrained(find_adapters(base, tmp_path, kind)).attach(base)
     assert added_operations(base, adapters, base.encode([0] * 8), steps=20) <= limit
 
 
 @pytest.mark.parametrize(("kind", "limit"), [("offset", 0.10), ("cross-attention", 0.25), ("modulated", 0.25)])
-def test_operations_on_small_unets(base: BaseModel, kind: str, limit: float) -> None:
-    adapters = trained(base, kind).attach(base)
-    share = added_operations(base, adapters, conditions_of(base), steps=20)
-    print(kind, share)
-    assert share <= limit
+def test_operations_on_small_models(base: BaseModel, kind: str, limit: float) -> None:
+    """Of the small models SDXL's has the most adapters for its operations, as the true one has."""
+    assert added_operations(base, trained(base, kind).attach(base), conditions_of(base), steps=20) <= limit

@@ -39,7 +39,7 @@ from agd_lib import (
 )
 from agd_lib.adapters import ADAPTERS
 from agd_lib.attach import find_adapters
-from agd_lib.base_models import _SINGLE_FILES, KNOWN_BASES, StableDiffusionBase, StableDiffusionXLBase
+from agd_lib.base_models import _SINGLE_FILES, KNOWN_BASES, SamplingRun, StableDiffusionBase, StableDiffusionXLBase
 from agd_lib.errors import AdapterError, BaseModelError
 from agd_lib.evaluation import reference_from_features, time_side_by_side
 from agd_lib.trajectories import noised_data_states
@@ -602,8 +602,10 @@ def test_diffusers_own_call_is_guided_by_attached_adapters(base: StableDiffusion
     with count_forwards(base) as meter:
         guided = final(base, AGD(adapters, 4.0))
     assert meter.nfe(4) == 5
-    with adapters.guided_by(4.0):
+    with adapters.guided_by(4.0), base.running(SamplingRun(base.scheduler)):
         assert torch.equal(run_pipeline(base, 1.0), guided)
+    with adapters.guided_by(4.0):  # every pass by itself
+        torch.testing.assert_close(run_pipeline(base, 1.0), guided, rtol=1e-3, atol=1e-3)
     assert not torch.allclose(guided, unguided, atol=1e-2)
     with count_forwards(base) as meter:
         final(base, CFG(4.0))
