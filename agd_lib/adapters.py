@@ -1,8 +1,10 @@
 """The adapters: plain modules that add a correction to an attention layer's output. They know nothing of diffusers.
 
-An adapter works in two halves. :meth:`condition` turns what a whole forward pass shares (guidance scale, timestep,
-class or prompt) into whatever the layer needs; :meth:`forward` applies it to the layer's tokens. Every adapter starts
-as the identity: its last projection is zero, so an untrained adapter changes nothing, to the bit.
+An adapter works in two halves. :meth:`Adapter.condition` turns what a whole forward pass shares (guidance scale,
+timestep, class or prompt) into whatever the layer needs; :meth:`Adapter.forward` applies it to the layer's tokens. The
+first half does not depend on the latents, so it can be computed ahead, for many steps of a sampler in one go: that is
+the dimension T that the shapes below may have in front. Every adapter starts as the identity: its last projection is
+zero, so an untrained adapter changes nothing, to the bit.
 
 :class:`OffsetAdapter` and :class:`CrossAttentionAdapter` are the paper's (section 4), tensor-compatible with the
 authors' code; :class:`ModulatedAdapter` is an extension of ours.
@@ -12,7 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,15 +23,16 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class AdapterInputs:
-    """What an adapter may look at, besides the tokens of its layer.
+    """What an adapter may look at, besides the tokens of its layer: of one forward pass, or of the passes of T steps.
 
     Attributes:
-        guidance_scale: (B,).
-        timestep_embedding: (B, timestep_dim), the base model's own.
+        guidance_scale: (B,), or (T, B).
+        timestep_embedding: (B, timestep_dim), or (T, 1, timestep_dim); the base model's own.
         class_embedding: (B, class_dim), the base model's own label embedding; None without classes.
         prompt_embeddings: (B, L, prompt_dim), the text encoder's tokens; None without prompts.
-        code: (B, d), the :class:`SharedCode` of the above; None for kinds that make their own.
-        prompt_code: (B, L, d), the same code token by token of the prompt; None without prompts.
+        code: (B, d), or (T, B, d): the :class:`SharedCode` z of the above; None for kinds that make their own.
+        shift_code: (w - 1) z, in the shape of ``code``. With prompts: of the codes of their tokens, (B, L, d), or
+            (T, B, L, d).
     """
 
     guidance_scale: Tensor
@@ -37,7 +40,7 @@ class AdapterInputs:
     class_embedding: Tensor | None = None
     prompt_embeddings: Tensor | None = None
     code: Tensor | None = None
-    prompt_code: Tensor | None = None
+    shift_code: Tensor | None = None
 
     def to(self, dtype: torch.dtype) -> AdapterInputs:
         """With embeddings of another dtype; the guidance scale keeps its own (bfloat16 would round 4.01 to 4)."""
@@ -64,7 +67,7 @@ class AdapterSizes:
 
 
 class ScalarEncoding(nn.Module):
-    """Random Fourier features of a scalar, a two-layer network and a layer norm: (B,) -> (B, d).
+    """Random Fourier features of a scalar, a two-layer network and a layer norm: (..., B) -> (..., B, d).
 
     ``cos(2 pi (f s + phi))`` with f ~ N(0, 1) and phi ~ U[0, 1) fixed at the start.
     """
@@ -80,7 +83,7 @@ class ScalarEncoding(nn.Module):
         self.norm = nn.LayerNorm(size)
 
     def forward(self, scalar: Tensor) -> Tensor:
-        angles = 2 * math.pi * (self.frequencies * scalar[:, None].float() + self.phases)  # (B, d)
+        angles = 2 * math.pi * (self.frequencies * scalar[..., None].float() + self.phases)  # (..., B, d)
         return self.norm(self.mlp(torch.cos(angles).to(self.norm.weight.dtype)))
 
 
@@ -117,18 +120,22 @@ class Adapter(nn.Module):
         self.channels = channels
         self.sizes = sizes
 
-    def condition(self, inputs: AdapterInputs) -> Any:
-        """The half that depends on (guidance scale, timestep, class or prompt) alone; once per forward pass."""
-        raise NotImplementedError
-
-    def forward(self, hidden_states: Tensor, condition: Any) -> Tensor:
-        """
-        Args:
-            hidden_states: (B, N, C), the layer's input tokens.
-            condition: what :meth:`condition` returned.
+    def condition(self, inputs: AdapterInputs) -> tuple[Tensor, ...]:
+        """The half that depends on (guidance scale, timestep, class or prompt) alone.
 
         Returns:
-            (B, N, C) or (B, 1, C), to be added to the layer's output.
+            Tensors with the batch as first dimension; if ``inputs`` are of T steps, with (T, B) as the first two.
+        """
+        raise NotImplementedError
+
+    def forward(self, hidden_states: Tensor, output: Tensor, condition: tuple[Tensor, ...]) -> Tensor:
+        """
+        Args:
+            hidden_states: (B, N, C), the layer's input tokens. output: (B, N, C), the layer's output.
+            condition: what :meth:`condition` returned, of one forward pass.
+
+        Returns:
+            (B, N, C), the output with the correction added, in the output's dtype.
         """
         raise NotImplementedError
 
@@ -149,18 +156,19 @@ class OffsetAdapter(Adapter):
         self.out_proj = _mlp(d, d, channels, inner_norm=True)
         nn.init.zeros_(self.out_proj[-1].weight)  # type: ignore[arg-type]
 
-    def condition(self, inputs: AdapterInputs) -> Tensor:
-        code = self.guidance_scale_encoding(inputs.guidance_scale * self.sizes.scale_multiplier)  # (B, d)
+    def condition(self, inputs: AdapterInputs) -> tuple[Tensor]:
+        code = self.guidance_scale_encoding(inputs.guidance_scale * self.sizes.scale_multiplier)  # (..., B, d)
         if self.timestep_proj is not None:
             code = code + self.timestep_proj(inputs.timestep_embedding)
         if self.class_proj is not None and inputs.class_embedding is not None:
             code = code + self.class_proj(inputs.class_embedding)
         if self.prompt_proj is not None and inputs.prompt_embeddings is not None:
             code = code + self.prompt_proj(inputs.prompt_embeddings.mean(dim=1))
-        return self.out_proj(code)[:, None]  # (B, 1, C)
+        return (self.out_proj(code)[..., None, :],)  # (..., B, 1, C)
 
-    def forward(self, hidden_states: Tensor, condition: Tensor) -> Tensor:
-        return condition
+    def forward(self, hidden_states: Tensor, output: Tensor, condition: tuple[Tensor, ...]) -> Tensor:
+        (offset,) = condition
+        return output + offset.to(output.dtype)
 
 
 class CrossAttentionAdapter(Adapter):
@@ -196,29 +204,41 @@ class CrossAttentionAdapter(Adapter):
         angles = torch.arange(self.MAX_TOKENS)[:, None] * wavelengths  # (250, d / 2)
         self.register_buffer("positions", torch.cat([angles.sin(), angles.cos()], dim=-1))  # (250, d)
 
-    def condition(self, inputs: AdapterInputs) -> tuple[Tensor, Tensor]:
-        scale = inputs.guidance_scale * self.sizes.scale_multiplier
-        tokens = [self.guidance_scale_encoding(scale)[:, None]]  # each (B, ., d)
-        if self.timestep_proj is not None:
-            tokens.append(self.timestep_proj(inputs.timestep_embedding)[:, None])
-        if self.class_proj is not None and inputs.class_embedding is not None:
-            tokens.append(self.class_proj(inputs.class_embedding)[:, None])
-        if self.prompt_proj is not None and inputs.prompt_embeddings is not None:
-            tokens.append(self.prompt_proj(inputs.prompt_embeddings))
-        sequence = torch.cat(tokens, dim=1)  # (B, S, d)
-        if sequence.shape[1] > self.MAX_TOKENS:
-            raise ValueError(f"got {sequence.shape[1]} condition tokens, expected at most {self.MAX_TOKENS}")
-        sequence = sequence + self.positions[: sequence.shape[1]]
-        return self.k_proj(sequence), self.v_proj(sequence)
+    def condition(self, inputs: AdapterInputs) -> tuple[Tensor, ...]:
+        """Keys beside values, (..., B, tokens, 2 d): of scale, timestep and class; and of the prompt, if they see one.
 
-    def forward(self, hidden_states: Tensor, condition: tuple[Tensor, Tensor]) -> Tensor:
-        keys, values = condition
-        attended = F.scaled_dot_product_attention(self.q_proj(hidden_states), keys, values)  # (B, N, d)
-        return self.out_proj(attended)
+        The prompt's do not depend on the step: those of T steps are one and the same.
+        """
+        scale = self.guidance_scale_encoding(inputs.guidance_scale * self.sizes.scale_multiplier)  # (..., B, d)
+        tokens = [scale]
+        if self.timestep_proj is not None:
+            tokens.append(self.timestep_proj(inputs.timestep_embedding).expand_as(scale))
+        if self.class_proj is not None and inputs.class_embedding is not None:
+            tokens.append(self.class_proj(inputs.class_embedding).expand_as(scale))
+        own = self._keys_and_values(torch.stack(tokens, dim=-2), first=0)
+        if self.prompt_proj is None or inputs.prompt_embeddings is None:
+            return (own,)
+        prompt = self._keys_and_values(self.prompt_proj(inputs.prompt_embeddings), first=len(tokens))  # (B, L, 2 d)
+        return own, prompt.expand(*own.shape[:-2], *prompt.shape[-2:])
+
+    def _keys_and_values(self, tokens: Tensor, first: int) -> Tensor:
+        """Of tokens (..., S, d) at the positions from ``first`` on: (..., S, 2 d)."""
+        end = first + tokens.shape[-2]
+        if end > self.MAX_TOKENS:
+            raise ValueError(f"got {end} condition tokens, expected at most {self.MAX_TOKENS}")
+        tokens = tokens + self.positions[first:end]
+        return torch.cat([self.k_proj(tokens), self.v_proj(tokens)], dim=-1)
+
+    def forward(self, hidden_states: Tensor, output: Tensor, condition: tuple[Tensor, ...]) -> Tensor:
+        sequence = torch.cat(condition, dim=-2) if len(condition) > 1 else condition[0]
+        keys, values = sequence.chunk(2, dim=-1)  # each (B, S, d)
+        queries = self.q_proj(hidden_states.to(keys.dtype))
+        attended = F.scaled_dot_product_attention(queries, keys, values)  # (B, N, d)
+        return output + self.out_proj(attended).to(output.dtype)
 
 
 class SharedCode(nn.Module):
-    """One code of (scale, timestep, class or prompt) for all adapters of a set: (B, d), and (B, L, d) for prompts.
+    """One code of (scale, timestep, class or prompt) for all adapters of a set: z, (..., B, d).
 
     The code of a whole prompt sees the mean of its tokens, the code of a token sees that token. The paper's adapters each
     have a network of their own for this, a third of their parameters; the inputs are the same everywhere, so an
@@ -234,42 +254,45 @@ class SharedCode(nn.Module):
         self.prompt_proj = nn.Linear(sizes.prompt_dim, d) if sizes.prompt_dim else None
 
     def forward(self, inputs: AdapterInputs) -> AdapterInputs:
-        """The inputs with their codes."""
+        """The inputs with their codes: of the whole condition; and, times w - 1, of what is to be shifted."""
         w = inputs.guidance_scale
-        features = torch.stack([w / 4, torch.log1p(w)], dim=1)  # (B, 2)
+        features = torch.stack([w / 4, torch.log1p(w)], dim=-1)  # (..., B, 2)
         code = self.guidance_scale_proj(features.to(self.guidance_scale_proj.weight.dtype))
         if self.timestep_proj is not None:
             code = code + self.timestep_proj(inputs.timestep_embedding)
         if self.class_proj is not None and inputs.class_embedding is not None:
             code = code + self.class_proj(inputs.class_embedding)
+        beyond_one = (w - 1).to(code.dtype)[..., None]  # (..., B, 1)
         if self.prompt_proj is None or inputs.prompt_embeddings is None:
-            return replace(inputs, code=F.silu(code))
+            code = F.silu(code)
+            return replace(inputs, code=code, shift_code=beyond_one * code)
         tokens = self.prompt_proj(inputs.prompt_embeddings)  # (B, L, d)
-        return replace(inputs, code=F.silu(code + tokens.mean(dim=1)), prompt_code=F.silu(code[:, None] + tokens))
+        token_codes = F.silu(code[..., None, :] + tokens)  # (..., B, L, d)
+        code = F.silu(code + tokens.mean(dim=1))
+        return replace(inputs, code=code, shift_code=beyond_one[..., None] * token_codes)
 
 
-@dataclass(frozen=True)
-class Modulation:
-    """What a :class:`ModulatedAdapter` needs of a forward pass.
+class Modulation(NamedTuple):
+    """What a :class:`ModulatedAdapter` needs of a forward pass (of T passes: with T in front).
 
     Attributes:
         gain, shift: (B, 1, d), of the hidden features. strength: (B, 1, d), of the correction; zero at scale 1.
-        embedding_shift: (B, C), what is added to the block's own embedding, or (B, L, prompt_dim), what is added to the
-            prompt tokens that its attention sees; zero at scale 1.
+        shift_code: (B, d), what the shift of the block's own embedding is linear in, or (B, L, d), what the shifts of
+            the prompt tokens are; zero at scale 1.
     """
 
     gain: Tensor
     shift: Tensor
     strength: Tensor
-    embedding_shift: Tensor
+    shift_code: Tensor
 
 
 class ModulatedAdapter(Adapter):
     """Extension (not the paper's): moves the embedding that modulates a block, and corrects the block's tokens.
 
     1. A transformer block is told the timestep and the class by an embedding (adaLN). The unconditional pass of CFG
-       differs from the conditional one in this embedding alone, so the adapter shifts it, by (w - 1) S z. The blocks of
-       a text-to-image UNet are told the prompt by its tokens: there every token is shifted, by (w - 1) S z of its own.
+       differs from the conditional one in this embedding alone, so the adapter shifts it, by S (w - 1) z. The blocks of
+       a text-to-image UNet are told the prompt by its tokens: there every token is shifted, by S (w - 1) z of its own.
        (The same shift for all tokens would move all attention scores alike, which softmax does not notice.)
     2. A low-rank network on every token, beside the block's feed-forward layer: ``U (gelu(D h * (1 + a) + b) * (w - 1)
        (1 + g))``.
@@ -294,17 +317,25 @@ class ModulatedAdapter(Adapter):
         nn.init.zeros_(self.modulation.bias)
 
     def condition(self, inputs: AdapterInputs) -> Modulation:
-        assert inputs.code is not None
-        beyond_one = (inputs.guidance_scale - 1).to(inputs.code.dtype)[:, None]  # (B, 1)
-        gain, shift, gate = self.modulation(inputs.code)[:, None].chunk(3, dim=-1)
-        if inputs.prompt_code is None:
-            embedding_shift = beyond_one * self.embedding_proj(inputs.code)
-        else:
-            embedding_shift = beyond_one[:, None] * self.embedding_proj(inputs.prompt_code)
-        return Modulation(1 + gain, shift, beyond_one[:, None] * (1 + gate), embedding_shift)
+        assert inputs.code is not None and inputs.shift_code is not None
+        gain, shift, gate = self.modulation(inputs.code)[..., None, :].chunk(3, dim=-1)
+        beyond_one = (inputs.guidance_scale - 1).to(gate.dtype)[..., None, None]  # (..., B, 1, 1)
+        return Modulation(1 + gain, shift, beyond_one * (1 + gate), inputs.shift_code)
 
-    def forward(self, hidden_states: Tensor, condition: Modulation) -> Tensor:
-        return self.up(F.gelu(self.down(hidden_states) * condition.gain + condition.shift) * condition.strength)
+    def shifted(self, embedding: Tensor, condition: tuple[Tensor, ...]) -> Tensor:
+        """The block's embedding (B, C), or its prompt tokens (B, L, prompt_dim), shifted: S (w - 1) z is added."""
+        return _plus_linear(embedding, Modulation(*condition).shift_code, self.embedding_proj.weight)
+
+    def forward(self, hidden_states: Tensor, output: Tensor, condition: tuple[Tensor, ...]) -> Tensor:
+        gain, shift, strength, _ = condition
+        features = torch.addcmul(shift, self.down(hidden_states.to(gain.dtype)), gain)
+        return _plus_linear(output, F.gelu(features) * strength, self.up.weight)
+
+
+def _plus_linear(output: Tensor, inputs: Tensor, weight: Tensor) -> Tensor:
+    """``output + inputs @ weight.T`` in one operation, computed in the weight's dtype, in the dtype of ``output``."""
+    rows = output.to(weight.dtype).flatten(0, -2)
+    return torch.addmm(rows, inputs.flatten(0, -2), weight.t()).view(output.shape).to(output.dtype)
 
 
 ADAPTERS: dict[str, type[Adapter]] = {

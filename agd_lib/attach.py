@@ -12,20 +12,20 @@ from __future__ import annotations
 import re
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .adapters import ADAPTERS, Adapter, AdapterSizes, ModulatedAdapter, SharedCode
-from .base_models import BaseModel, Condition, DiTBase, Site, StableDiffusionXLBase
+from .base_models import BaseModel, Condition, DiTBase, SamplingRun, Site, StableDiffusionXLBase
 from .errors import AdapterError
 from .guidance import Scale, scale_at
 from .project import DATA, display_path
@@ -33,6 +33,8 @@ from .storage import read_json, read_tensors, write_json, write_tensors, writing
 
 CONFIG_NAME, WEIGHTS_NAME, CARD_NAME = "config.json", "adapter_model.safetensors", "README.md"
 FORMAT_VERSION = 1
+ROWS_AHEAD = 256
+"""Steps times samples whose conditions a sampling run computes at once: bounds their memory, about 100 MB for SDXL."""
 
 _attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[AdapterSet]] = weakref.WeakKeyDictionary()
 """Which adapters a denoiser carries. The denoiser's hooks keep them alive, not this."""
@@ -77,8 +79,30 @@ def _library_version() -> str:
         return "unknown"
 
 
+LayerConditions: TypeAlias = dict[str, tuple[Tensor, ...]]
+"""What every adapter needs of one forward pass besides its layer's tokens, by site."""
+
+
+@dataclass(frozen=True)
+class _Ahead:
+    """Conditions of the coming steps of a sampling run, and what they were computed from.
+
+    Attributes:
+        scale, condition: copies of what was given. weights: the adapters', see :meth:`AdapterSet._weights_state`.
+        by_timestep: the conditions: of all timesteps, views of the same tensors.
+    """
+
+    scale: Scale
+    condition: Condition
+    weights: list[tuple[int, int]]
+    by_timestep: dict[float, LayerConditions]
+
+
 class AdapterSet(nn.Module):
     """One adapter for every attention site of a base model.
+
+    Within a sampling run (:meth:`BaseModel.running`) what depends on scale, timestep and condition alone is computed once
+    for many steps; in every other forward pass, and wherever gradients are recorded, for that pass.
 
     Attributes:
         config: see :class:`AdapterConfig`.
@@ -104,8 +128,9 @@ class AdapterSet(nn.Module):
         self._base: BaseModel | None = None
         self._handles: list[Any] = []
         self._call: tuple[Tensor, Condition] | None = None  # of a forward pass that has not reached its blocks
-        self._conditions: dict[str, Any] | None = None  # of one that has
+        self._conditions: LayerConditions | None = None  # of one that has
         self._checkpointing = False
+        self._parts = list(self.modules())
 
     @classmethod
     def create(
@@ -293,14 +318,21 @@ class AdapterSet(nn.Module):
 
     @contextmanager
     def guided_by(self, scale: Scale) -> Iterator[AdapterSet]:
-        """Inside the block every forward pass of the base model is guided at this scale; see :data:`Scale`."""
+        """Inside the block every forward pass of the base model is guided at this scale; see :data:`Scale`.
+
+        It costs least if the base model knows the run that the passes belong to, as :func:`agd_lib.sampling.sample` and
+        :func:`agd_lib.dropin.load_agd` see to: ``with base.running(SamplingRun(scheduler))``.
+
+        Raises:
+            AdapterError: if these adapters are on no base model.
+        """
         if self._base is None:
             raise AdapterError("these adapters are on no base model: call attach(base) first")
         before, self._scale = self._scale, scale
         try:
             yield self
         finally:
-            self._scale = before
+            self._scale, self._conditions = before, None
 
     @contextmanager
     def disabled(self) -> Iterator[AdapterSet]:
@@ -318,31 +350,87 @@ class AdapterSet(nn.Module):
             self._call = self._base.read_call(args, kwargs)
 
     def _before_blocks(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Compute, once per forward pass, what the adapters need besides their layer's tokens.
+        """Compute, or look up, what the adapters need of this forward pass besides their layer's tokens.
 
         They use the denoiser's own embedders: offloaded ones are on the device of the call by now, no sooner.
         """
         if self._call is None:
             return
-        assert self._base is not None and self._scale is not None
+        assert self._base is not None
         (timestep, condition), self._call = self._call, None
         if next(self.parameters()).device != timestep.device:
             self.to(timestep.device)
+        one_for_all = len(timestep) == 1 or timestep.stride() == (0,)
+        if self._base.run is None or not one_for_all or torch.is_grad_enabled():
+            scale = self._scales([timestep[0]], len(timestep))[0]
+            self._conditions = self._compute(timestep, condition, scale)
+        else:
+            self._conditions = self._look_up(float(timestep[0]), condition, self._base.run)
+
+    def _look_up(self, timestep: float, condition: Condition, run: SamplingRun) -> LayerConditions:
+        """The conditions of a step of a run: from those computed ahead, if they were computed from the same."""
+        ahead: _Ahead | None = run.ahead.pop(self, None)
+        if (
+            ahead is None
+            or timestep not in ahead.by_timestep
+            or not _same(ahead.scale, self._scale)
+            or not all(_same(ahead.condition.get(name), value) for name, value in condition.items())
+            or ahead.weights != self._weights_state()
+        ):
+            del ahead  # first, for its memory
+            ahead = self._look_ahead(timestep, condition, run)
+        run.ahead[self] = ahead
+        return ahead.by_timestep[timestep]
+
+    def _look_ahead(self, timestep: float, condition: Condition, run: SamplingRun) -> _Ahead:
+        """Compute the conditions of this step and of those that are to come, as far as :data:`ROWS_AHEAD` goes."""
+        assert self._scale is not None
         batch_size = len(next(iter(condition.values())))
-        weight = next(self.parameters())
-        like = torch.empty(0, device=weight.device)
-        scale = scale_at(self._scale, int(timestep.flatten()[0]) if callable(self._scale) else 0, batch_size, like)
-        inputs = self._base.adapter_inputs(timestep, condition, scale).to(weight.dtype)
+        expected = list(dict.fromkeys(run.scheduler.timesteps.tolist()))  # some schedulers repeat theirs
+        start = expected.index(timestep) if timestep in expected else len(expected)
+        steps = expected[start:][: max(1, ROWS_AHEAD // batch_size)] or [timestep]
+        device = next(self.parameters()).device
+        conditions = self._compute(
+            torch.tensor(steps, device=device, dtype=torch.float32)[:, None], condition, self._scales(steps, batch_size)
+        )
+        by_site = [zip(*(tensor.unbind() for tensor in tensors)) for tensors in conditions.values()]
+        return _Ahead(
+            self._scale.clone() if isinstance(self._scale, Tensor) else self._scale,
+            {name: value.clone() for name, value in condition.items()},
+            self._weights_state(),
+            {step: dict(zip(conditions, of_step)) for step, of_step in zip(steps, zip(*by_site))},
+        )
+
+    def _compute(self, timestep: Tensor, condition: Condition, scale: Tensor) -> LayerConditions:
+        """Of one forward pass: timestep and scale are (B,). Of T passes: (T, 1) and (T, B), and T comes first in all."""
+        assert self._base is not None
+        inputs = self._base.adapter_inputs(timestep, condition, scale).to(next(self.parameters()).dtype)
         if self.shared is not None:
             inputs = self.shared(inputs)
-        self._conditions = {site: self._at(site).condition(inputs) for site in self.config.sites}
+        return {site: self._at(site).condition(inputs) for site in self.config.sites}
+
+    def _scales(self, timesteps: Sequence[float | Tensor], batch_size: int) -> Tensor:
+        """The scale at each timestep, (T, B)."""
+        assert self._scale is not None
+        like = torch.empty(0, device=next(self.parameters()).device)
+        if callable(self._scale):
+            return torch.stack([scale_at(self._scale, int(timestep), batch_size, like) for timestep in timesteps])
+        return scale_at(self._scale, 0, batch_size, like).expand(len(timesteps), batch_size)
+
+    def _weights_state(self) -> list[tuple[int, int]]:
+        """Changes whenever a weight of the adapters does. (``self.parameters()`` takes ten times as long.)"""
+        weights = [weight for part in self._parts for weight in part._parameters.values() if weight is not None]
+        return [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights]
 
     def _hook_embedding(self, site: str, parts: Site) -> Any:
         """Shift what tells the block its condition: its embedding, or the prompt tokens that its attention sees."""
 
+        adapter = self._at(site)
+        assert isinstance(adapter, ModulatedAdapter)
+
         def shifted(embedding: Tensor) -> Tensor:
             assert self._conditions is not None
-            return embedding + self._conditions[site].embedding_shift.to(embedding.dtype)
+            return adapter.shifted(embedding, self._conditions[site])
 
         def shift(module: nn.Module, args: tuple[Any, ...], embedding: Tensor) -> Tensor | None:
             return None if self._conditions is None else shifted(embedding)
@@ -352,7 +440,8 @@ class AdapterSet(nn.Module):
                 return None
             tokens = kwargs["encoder_hidden_states"]
             if isinstance(tokens, tuple):  # an IP-Adapter's image tokens come second
-                return args, kwargs | {"encoder_hidden_states": (shifted(tokens[0]), *tokens[1:])}
+                prompt, *others = tokens
+                return args, kwargs | {"encoder_hidden_states": (shifted(prompt), *others)}
             return args, kwargs | {"encoder_hidden_states": shifted(tokens)}
 
         if parts.embedding is None:
@@ -366,8 +455,8 @@ class AdapterSet(nn.Module):
             if self._conditions is None:
                 return None
             hidden_states = args[0] if args else kwargs["hidden_states"]
-            dtype = next(adapter.parameters()).dtype
-            return output + adapter(hidden_states.to(dtype), self._conditions[site]).to(output.dtype)
+            corrected: Tensor = adapter(hidden_states, output, self._conditions[site])
+            return corrected
 
         return add
 
@@ -478,6 +567,12 @@ class AdapterSet(nn.Module):
         tensors = read_tensors(folder / WEIGHTS_NAME, AdapterError, "adapter weights")
         adapters = cls.from_tensors(config, tensors, f"the weights in {folder} do not fit its config.json")
         return adapters.to(device)
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.dtype == other.dtype and one.device == other.device and torch.equal(one, other)
+    return one is other or (isinstance(one, int | float) and one == other)
 
 
 def _own_copy(tensor: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -82,6 +82,24 @@ class Site:
     channels: int
 
 
+@dataclass(frozen=True)
+class SamplingRun:
+    """One run of a scheduler from noise to samples, and what is computed once for all of its steps.
+
+    A new run computes everything anew. Within a run the base model and its text encoders must stay as they are; adapters,
+    scales and conditions may change, which is noticed.
+
+    Attributes:
+        scheduler: its ``timesteps`` are read at the first step, and only to know which ones to expect.
+        null_condition: of one sample; empty until :meth:`BaseModel.null_condition` is asked for it.
+        ahead: what adapters compute ahead, by :class:`agd_lib.attach.AdapterSet`.
+    """
+
+    scheduler: Any
+    null_condition: Condition = field(default_factory=dict)
+    ahead: dict[Any, Any] = field(default_factory=dict)
+
+
 class BaseModel(ABC):
     """A frozen diffusion model: a diffusers pipeline with the names that this library uses for its parts.
 
@@ -92,6 +110,7 @@ class BaseModel(ABC):
         denoiser: the module that predicts noise (or velocity): a transformer or a UNet.
         scheduler: the pipeline's own scheduler.
         vae: the autoencoder.
+        run: the sampling run whose step is being made; None outside :meth:`running`.
     """
 
     denoiser: Any
@@ -102,6 +121,7 @@ class BaseModel(ABC):
         self.revision = revision
         self.scheduler = pipeline.scheduler
         self.vae = pipeline.vae
+        self.run: SamplingRun | None = None
 
     # What differs between architectures -----------------------------------------------------------------------------
 
@@ -112,14 +132,6 @@ class BaseModel(ABC):
     @abstractmethod
     def null_condition(self, batch_size: int) -> Condition:
         """The condition of the unconditional branch."""
-
-    @contextmanager
-    def null_kept_in(self, kept: Condition) -> Iterator[None]:
-        """Inside the block the null condition is taken from ``kept``, and encoded into it if that is empty.
-
-        So a sampling run encodes it once, and never uses one that was encoded before the text encoder changed.
-        """
-        yield
 
     @abstractmethod
     def blank_condition(self, batch_size: int) -> Condition:
@@ -135,11 +147,18 @@ class BaseModel(ABC):
 
     @abstractmethod
     def read_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Condition]:
-        """``(timestep, condition)`` from the arguments of a call of the denoiser, whoever makes it."""
+        """``(timestep, condition)`` from the arguments of a call of the denoiser, whoever makes it.
+
+        The timestep is (B,); where there is one for all samples, it is expanded, not copied.
+        """
 
     @abstractmethod
     def adapter_inputs(self, timestep: Tensor, condition: Condition, guidance_scale: Tensor) -> AdapterInputs:
-        """What the adapters see of a forward pass."""
+        """What the adapters see of a forward pass, or of the passes of T steps.
+
+        Args:
+            timestep: (B,), or (T, 1). condition: of the B samples. guidance_scale: (B,), or (T, B).
+        """
 
     @abstractmethod
     def adapter_input_dims(self) -> dict[str, int | None]:
@@ -163,6 +182,15 @@ class BaseModel(ABC):
         """Parameters of the denoiser, repeated copies counted once."""
 
     # What they share ------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def running(self, run: SamplingRun) -> Iterator[None]:
+        """Inside the block the forward passes are steps of this run. What it keeps can be used in any number of blocks."""
+        before, self.run = self.run, run
+        try:
+            yield
+        finally:
+            self.run = before
 
     @property
     def device(self) -> torch.device:
@@ -352,20 +380,21 @@ class DiTBase(BaseModel):
 
     def read_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Condition]:
         named = dict(zip(("hidden_states", "timestep", "class_labels"), args)) | dict(kwargs)
-        return named["timestep"], {"class_labels": named["class_labels"]}
+        labels = named["class_labels"]
+        timestep = torch.as_tensor(named["timestep"], device=named["hidden_states"].device)
+        return timestep.expand(len(labels)), {"class_labels": labels}
 
     def _embedder(self) -> Any:
         return self.denoiser.transformer_blocks[0].norm1.emb
 
     def adapter_inputs(self, timestep: Tensor, condition: Condition, guidance_scale: Tensor) -> AdapterInputs:
-        embedder, labels = self._embedder(), condition["class_labels"]
-        timestep = timestep.expand(len(labels))
+        embedder = self._embedder()
         with torch.no_grad():
-            frequencies = embedder.time_proj(timestep).to(self.dtype)
+            frequencies = embedder.time_proj(timestep.flatten()).to(self.dtype)
             return AdapterInputs(
                 guidance_scale=guidance_scale,
-                timestep_embedding=embedder.timestep_embedder(frequencies).float(),
-                class_embedding=embedder.class_embedder.embedding_table(labels).float(),
+                timestep_embedding=embedder.timestep_embedder(frequencies).float().unflatten(0, timestep.shape),
+                class_embedding=embedder.class_embedder.embedding_table(condition["class_labels"]).float(),
             )
 
     def adapter_input_dims(self) -> dict[str, int | None]:
@@ -401,7 +430,6 @@ class StableDiffusionBase(BaseModel):
     def __init__(self, pipeline: Any, name: str, revision: str | None = None) -> None:
         super().__init__(pipeline, name, revision)
         self.denoiser = pipeline.unet
-        self._null: Condition | None = None
 
     @torch.no_grad()
     def encode(self, conditions: Sequence[Any]) -> Condition:
@@ -455,20 +483,14 @@ class StableDiffusionBase(BaseModel):
                     break
 
     def null_condition(self, batch_size: int) -> Condition:
-        """The empty prompt, encoded anew at every call outside :meth:`null_kept_in`: text encoders can be fine-tuned."""
-        null = self._null if self._null is not None else {}
+        """The empty prompt, encoded once in a :class:`SamplingRun`.
+
+        Outside of one it is encoded anew at every call: text encoders can be fine-tuned.
+        """
+        null = self.run.null_condition if self.run is not None else {}
         if not null:
             null.update(self._encode_null())
         return {name: value.expand(batch_size, *value.shape[1:]) for name, value in null.items()}
-
-    @contextmanager
-    def null_kept_in(self, kept: Condition) -> Iterator[None]:
-        """See :meth:`BaseModel.null_kept_in`."""
-        before, self._null = self._null, kept
-        try:
-            yield
-        finally:
-            self._null = before
 
     def _encode_null(self) -> Condition:
         return self.encode([""])
@@ -488,7 +510,8 @@ class StableDiffusionBase(BaseModel):
     def read_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Condition]:
         named = dict(zip(("sample", "timestep", "encoder_hidden_states"), args)) | dict(kwargs)
         timestep = torch.as_tensor(named["timestep"], device=named["sample"].device)
-        return timestep, {"encoder_hidden_states": named["encoder_hidden_states"]}
+        tokens = named["encoder_hidden_states"]
+        return timestep.expand(len(tokens)), {"encoder_hidden_states": tokens}
 
     def call_arguments(self, condition: Condition) -> dict[str, Any]:
         return {"encoder_hidden_states": condition["encoder_hidden_states"].to(self.dtype)}
@@ -496,10 +519,10 @@ class StableDiffusionBase(BaseModel):
     def adapter_inputs(self, timestep: Tensor, condition: Condition, guidance_scale: Tensor) -> AdapterInputs:
         tokens = condition["encoder_hidden_states"]
         with torch.no_grad():
-            frequencies = self.denoiser.time_proj(timestep.expand(len(tokens))).to(self.dtype)
+            frequencies = self.denoiser.time_proj(timestep.flatten()).to(self.dtype)
             return AdapterInputs(
                 guidance_scale=guidance_scale,
-                timestep_embedding=self.denoiser.time_embedding(frequencies).float(),
+                timestep_embedding=self.denoiser.time_embedding(frequencies).float().unflatten(0, timestep.shape),
                 prompt_embeddings=tokens.float(),
             )
 

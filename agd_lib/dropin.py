@@ -43,7 +43,7 @@ from diffusers import (
 from torch import Tensor
 
 from .attach import AdapterSet
-from .base_models import BaseModel, DiTBase, StableDiffusionBase, StableDiffusionXLBase
+from .base_models import BaseModel, DiTBase, SamplingRun, StableDiffusionBase, StableDiffusionXLBase
 from .errors import BaseModelError
 from .guidance import Scale, scale_at
 
@@ -154,8 +154,9 @@ def _guided(kind: type) -> type:
         _refuse_what_takes_two_passes(call.arguments, signature)
         scale = _read_scale(call.arguments, adapters.config.guidance_range)
         call.arguments["guidance_scale"] = 1.0
+        base = _base_of(self)
         uncompiled = torch.compiler.set_stance("force_eager")  # compiled code does not notice hooks that come and go
-        with uncompiled, adapters.attached(_base_of(self)), adapters.guided_by(scale):
+        with uncompiled, adapters.attached(base), adapters.guided_by(scale), base.running(SamplingRun(base.scheduler)):
             return pipeline_call(*call.args, **call.kwargs)
 
     looks = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}

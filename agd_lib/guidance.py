@@ -164,5 +164,5 @@ class AGD:
 
     def predict(self, base: BaseModel, latents: Tensor, timestep: float, condition: Condition) -> Tensor:
         self.adapters.check_attached(base)
-        with self.adapters.guided_by(scale_at(self.scale, int(timestep), len(latents), latents)):
+        with self.adapters.guided_by(self.scale):
             return base.denoise(latents, timestep, condition)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .base_models import BaseModel, Condition
+from .base_models import BaseModel, Condition, SamplingRun
 from .guidance import Guidance
 
 
@@ -104,10 +104,10 @@ def sample(
     step_arguments = {}
     if generators is not None and "generator" in inspect.signature(scheduler.step).parameters:
         step_arguments["generator"] = list(generators)
-    null: Condition = {}
+    run = SamplingRun(scheduler)
     for index, timestep in enumerate(scheduler.timesteps):
         model_input = scheduler.scale_model_input(latents, timestep)
-        with base.null_kept_in(null):
+        with base.running(run):
             prediction = guidance.predict(base, model_input, timestep.item(), condition)
         next_latents = scheduler.step(prediction, timestep, latents, **step_arguments).prev_sample
         yield SamplerStep(index, int(timestep), latents, model_input, prediction, next_latents)

@@ -62,7 +62,15 @@ def condition_of(adapter: Adapter, inputs: AdapterInputs) -> Any:
 
 def run(adapter: Adapter, hidden_states: Tensor, inputs: AdapterInputs) -> Tensor:
     with torch.no_grad():
-        return hidden_states * 0 + adapter(hidden_states, condition_of(adapter, inputs))
+        return adapter(hidden_states, hidden_states * 0, condition_of(adapter, inputs))
+
+
+def shift_of(adapter: Adapter, inputs: AdapterInputs) -> Tensor:
+    """What a modulated adapter adds to the block's embedding, (B, C), or to the prompt's tokens, (B, L, P)."""
+    condition = condition_of(adapter, inputs)
+    told = torch.zeros(B, L, P) if adapter.shared.prompt_proj is not None else torch.zeros(B, C)
+    shifted: Tensor = adapter.shifted(told, condition)
+    return shifted
 
 
 def tokens(seed: int = 1) -> Tensor:
@@ -167,7 +175,7 @@ def test_cross_attention_adapter_by_hand(seen: tuple[str, ...]) -> None:
 def test_modulated_adapter_by_hand(seen: tuple[str, ...]) -> None:
     adapter, inputs, hidden_states = make_adapter("modulated", seen), make_inputs(), tokens()
     w = double(adapter)
-    output, shifted = run(adapter, hidden_states, inputs), condition_of(adapter, inputs).embedding_shift
+    output, shifted = run(adapter, hidden_states, inputs), shift_of(adapter, inputs)
     for i in range(B):
         scale = inputs.guidance_scale[i].double()
         code = affine(w, "shared.guidance_scale_proj", torch.stack([scale / 4, (1 + scale).log()]))
@@ -228,9 +236,9 @@ def test_modulated_adapter_is_the_identity_at_scale_one() -> None:
     inputs = make_inputs()
     at_one = AdapterInputs(torch.ones(B), inputs.timestep_embedding, inputs.class_embedding)
     assert run(adapter, tokens(), at_one).abs().max() == 0
-    assert condition_of(adapter, at_one).embedding_shift.abs().max() == 0
+    assert shift_of(adapter, at_one).abs().max() == 0
     assert run(adapter, tokens(), inputs).abs().max() > 0.1
-    assert condition_of(adapter, inputs).embedding_shift.abs().max() > 0.1
+    assert shift_of(adapter, inputs).abs().max() > 0.1
 
 
 # The start --------------------------------------------------------------------------------------------------------------
@@ -242,11 +250,11 @@ def test_a_new_adapter_adds_exactly_nothing_but_can_learn(kind: str, seen: tuple
     adapter = ADAPTERS[kind](C, make_adapter(kind, seen).sizes)
     if adapter.shares_code:
         adapter.shared = SharedCode(adapter.sizes)
-    condition = condition_of(adapter, make_inputs())
-    output = adapter(tokens(), condition)
-    assert output.abs().max() == 0
+    before = tokens(2)
+    output = adapter(tokens(), before, condition_of(adapter, make_inputs()))
+    assert torch.equal(output, before)
     if kind == "modulated":
-        assert condition.embedding_shift.abs().max() == 0
+        assert shift_of(adapter, make_inputs()).abs().max() == 0
     (output.sum() - output[0, 0, 0]).backward()
     moving = [name for name, p in adapter.named_parameters() if p.grad is not None and p.grad.abs().max() > 0]
     assert moving  # the zero layer itself gets a gradient

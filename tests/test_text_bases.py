@@ -39,7 +39,7 @@ from agd_lib import (
 )
 from agd_lib.adapters import ADAPTERS
 from agd_lib.attach import find_adapters
-from agd_lib.base_models import _SINGLE_FILES, KNOWN_BASES, StableDiffusionBase, StableDiffusionXLBase
+from agd_lib.base_models import _SINGLE_FILES, KNOWN_BASES, SamplingRun, StableDiffusionBase, StableDiffusionXLBase
 from agd_lib.errors import AdapterError, BaseModelError
 from agd_lib.evaluation import reference_from_features, time_side_by_side
 from agd_lib.trajectories import noised_data_states
@@ -602,8 +602,10 @@ def test_diffusers_own_call_is_guided_by_attached_adapters(base: StableDiffusion
     with count_forwards(base) as meter:
         guided = final(base, AGD(adapters, 4.0))
     assert meter.nfe(4) == 5
-    with adapters.guided_by(4.0):
+    with adapters.guided_by(4.0), base.running(SamplingRun(base.scheduler)):
         assert torch.equal(run_pipeline(base, 1.0), guided)
+    with adapters.guided_by(4.0):  # every pass by itself
+        torch.testing.assert_close(run_pipeline(base, 1.0), guided, rtol=1e-3, atol=1e-3)
     assert not torch.allclose(guided, unguided, atol=1e-2)
     with count_forwards(base) as meter:
         final(base, CFG(4.0))
@@ -621,9 +623,9 @@ def test_modulated_adapters_shift_the_prompt_tokens_that_an_attention_sees(base:
         base.denoise(noise(4), 200, condition)
     shifts = {path: tokens - condition["encoder_hidden_states"] for path, tokens in seen.items()}
     scale = torch.full((4,), 3.0)
-    inputs = adapters.shared(base.adapter_inputs(torch.tensor(200), condition, scale))
+    inputs = adapters.shared(base.adapter_inputs(torch.tensor([200] * 4), condition, scale))
     for path, shift in shifts.items():
-        expected = adapters._at(path).condition(inputs).embedding_shift
+        expected = adapters._at(path).embedding_proj(inputs.shift_code)
         torch.testing.assert_close(shift, expected.detach(), rtol=1e-3, atol=1e-4)
         assert shift.std(dim=1).mean() > 0.01  # differs from token to token
     with adapters.guided_by(1.0):
@@ -655,7 +657,7 @@ def test_adapters_see_the_unets_own_time_embedding(base: StableDiffusionBase) ->
     base.denoiser.time_embedding.register_forward_hook(lambda module, args, output: seen.append(output.detach()))
     condition = base.encode(PROMPTS)
     base.denoise(noise(4), 333.25, condition)
-    inputs = base.adapter_inputs(torch.tensor(333.25), condition, torch.ones(4))
+    inputs = base.adapter_inputs(torch.tensor([333.25] * 4), condition, torch.ones(4))
     assert torch.equal(inputs.timestep_embedding, seen[0])
     assert torch.equal(inputs.prompt_embeddings, condition["encoder_hidden_states"])  # type: ignore[arg-type]
     assert inputs.class_embedding is None

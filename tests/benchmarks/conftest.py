@@ -35,5 +35,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for line in table:
         terminalreporter.write_line("  ".join(cell.rjust(width) for cell, width in zip(line, widths)))
     terminalreporter.write_line(
-        "one sampler step; medians over rounds; ratio = CFG / AGD, of the medians and of the fastest rounds"
+        "of one sampler step, on average over a run; medians over rounds; ratio = CFG / AGD, of the medians and of the fastest rounds"
     )

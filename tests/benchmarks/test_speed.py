@@ -1,4 +1,4 @@
-"""Seconds per image of one sampler step, AGD against CFG: ``make bench``. Not tests: machines differ.
+"""Seconds per image and sampler step, over whole runs, AGD against CFG: ``make bench``. Not tests: machines differ.
 
 Both are timed in turn, round by round, so that a change of the machine's speed hits both alike.
 """
@@ -17,6 +17,7 @@ from agd_lib import AGD, CFG, AdapterSet
 from agd_lib.base_models import BaseModel, base_from_pipeline, count_flops, load_base
 from agd_lib.guidance import Guidance
 from agd_lib.project import DATA
+from agd_lib.sampling import endpoint, sample
 from agd_lib.study import RECIPES
 
 SCALE = 4.0
@@ -55,17 +56,22 @@ def full_size() -> BaseModel:
 
 
 def compare(
-    benchmark: Any, comparisons: Comparisons, base: BaseModel, adapters: AdapterSet, batch_size: int, rounds: int
+    benchmark: Any,
+    comparisons: Comparisons,
+    base: BaseModel,
+    adapters: AdapterSet,
+    batch_size: int,
+    rounds: int,
+    num_steps: int,
 ) -> None:
-    """Benchmark AGD's step, with CFG's timed before each round; the ratio goes to ``extra_info`` and the last table."""
-    latents = torch.randn(batch_size, *base.latent_shape, generator=torch.Generator().manual_seed(0))
+    """Benchmark AGD's run, with CFG's timed before each round; the ratio goes to ``extra_info`` and the last table."""
     condition = base.encode([base.all_conditions()[i % len(base.all_conditions())] for i in range(batch_size)])
 
-    @torch.no_grad()
-    def step(guidance: Guidance) -> float:
+    def run(guidance: Guidance) -> float:
+        """Seconds per image and step."""
         start = time.perf_counter()
-        guidance.predict(base, latents, 500, condition)
-        return time.perf_counter() - start
+        endpoint(sample(base, condition, guidance, num_steps, seeds=range(batch_size)))
+        return (time.perf_counter() - start) / (num_steps * batch_size)
 
     adapters.remove()
     plain_flops = count_flops(base)
@@ -77,15 +83,15 @@ def compare(
 
     def cfg_first() -> None:
         with adapters.disabled():
-            cfg_seconds.append(step(CFG(SCALE)))
+            cfg_seconds.append(run(CFG(SCALE)))
 
     try:
         benchmark.pedantic(
-            lambda: agd_seconds.append(step(AGD(adapters, SCALE))), setup=cfg_first, rounds=rounds, warmup_rounds=1
+            lambda: agd_seconds.append(run(AGD(adapters, SCALE))), setup=cfg_first, rounds=rounds, warmup_rounds=1
         )
     finally:
         adapters.remove()
-    cfg, agd = (statistics.median(seconds[1:]) / batch_size for seconds in (cfg_seconds, agd_seconds))
+    cfg, agd = (statistics.median(seconds[1:]) for seconds in (cfg_seconds, agd_seconds))
     fastest_ratio = min(cfg_seconds[1:]) / min(agd_seconds[1:])  # on a busy machine the steadier of the two
     benchmark.group = f"{base.name}, batch {batch_size}"
     benchmark.extra_info.update(
@@ -119,8 +125,9 @@ def compare(
 @pytest.mark.parametrize("kind", list(RECIPES))
 def test_tiny_dit(benchmark: Any, comparisons: Comparisons, tiny: BaseModel, kind: str, batch_size: int) -> None:
     adapters = AdapterSet.create(tiny, kind, RECIPES[kind].hidden_size)
-    compare(benchmark, comparisons, tiny, adapters, batch_size, rounds=max(20, 200 // batch_size))
+    compare(benchmark, comparisons, tiny, adapters, batch_size, rounds=max(5, 20 // batch_size), num_steps=20)
 
 
-def test_one_step_of_full_size_dit_xl_2(benchmark: Any, comparisons: Comparisons, full_size: BaseModel) -> None:
-    compare(benchmark, comparisons, full_size, AdapterSet.create(full_size, "offset", 256), batch_size=1, rounds=3)
+def test_two_steps_of_full_size_dit_xl_2(benchmark: Any, comparisons: Comparisons, full_size: BaseModel) -> None:
+    adapters = AdapterSet.create(full_size, "offset", 256)
+    compare(benchmark, comparisons, full_size, adapters, batch_size=1, rounds=3, num_steps=2)
