@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import copy
+import io
 import json
 import os
 import signal
@@ -10,9 +13,12 @@ import sys
 import time
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import nbformat
+import numpy as np
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from PIL import Image
 
 from agd_lib import reproduce as module
 from agd_lib.project import ROOT
@@ -31,6 +37,7 @@ from agd_lib.reproduce import (
     main,
     merge_results,
     reproduce,
+    shrink_pictures,
     strip_execution,
 )
 from agd_lib.results import Row, read_results, write_results
@@ -376,6 +383,27 @@ def test_stripping_leaves_cells_and_plain_outputs() -> None:
     assert notebook.cells[0].metadata == {} and notebook.cells[1].metadata == {"tags": ["nbval-check-output"]}
     assert [sorted(output.get("data", {})) for output in notebook.cells[0].outputs] == [["text/html", "text/plain"], []]
     assert "IntSlider" not in json.dumps(notebook)
+
+
+def test_pictures_are_shrunk_without_being_changed_to_the_eye() -> None:
+    figure = plt.figure(figsize=(4, 3))
+    figure.gca().plot([1, 3, 2], label="a curve")
+    figure.legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    plt.close(figure)
+    plain = base64.b64encode(buffer.getvalue()).decode()
+    data = {"image/png": plain, "text/plain": "<Figure>"}
+    cell = new_code_cell("", outputs=[new_output("display_data", data=data)])
+    notebook = shrink_pictures(new_notebook(cells=[new_markdown_cell("text"), cell]))
+    small = cell.outputs[0].data["image/png"]
+    assert len(small) < 0.7 * len(plain) and cell.outputs[0].data["text/plain"] == "<Figure>"
+    pixels = [
+        np.asarray(Image.open(io.BytesIO(base64.b64decode(p))).convert("RGB"), dtype=float) for p in (plain, small)
+    ]
+    assert np.abs(pixels[0] - pixels[1]).mean() < 1
+    again = shrink_pictures(copy.deepcopy(notebook))
+    assert len(again.cells[1].outputs[0].data["image/png"]) <= len(small)
 
 
 def test_in_place_renews_outputs_and_leaves_a_failing_notebook_alone(notebooks: Path) -> None:
