@@ -29,6 +29,7 @@ class AdapterInputs:
         guidance_scale: (B,), or (T, B).
         timestep_embedding: (B, timestep_dim), or (T, 1, timestep_dim); the base model's own.
         class_embedding: (B, class_dim), the base model's own label embedding; None without classes.
+        noise_level: (B,), or (T, 1): the timestep as a share of the training timesteps, from 0 (clean) to 1.
         prompt_embeddings: (B, L, prompt_dim), the text encoder's tokens; None without prompts.
         code: (B, d), or (T, B, d): the :class:`SharedCode` z of the above; None for kinds that make their own.
         shift_code: (w - 1) z, in the shape of ``code``. With prompts: of the codes of their tokens, (B, L, d), or
@@ -37,15 +38,17 @@ class AdapterInputs:
 
     guidance_scale: Tensor
     timestep_embedding: Tensor
+    noise_level: Tensor
     class_embedding: Tensor | None = None
     prompt_embeddings: Tensor | None = None
     code: Tensor | None = None
     shift_code: Tensor | None = None
 
     def to(self, dtype: torch.dtype) -> AdapterInputs:
-        """With embeddings of another dtype; the guidance scale keeps its own (bfloat16 would round 4.01 to 4)."""
-        others = {name: value for name, value in vars(self).items() if name != "guidance_scale" and value is not None}
-        return replace(self, **{name: value.to(dtype) for name, value in others.items()})
+        """With embeddings of another dtype; scale and noise level keep theirs (bfloat16 would round 4.01 to 4)."""
+        embeddings = ("timestep_embedding", "class_embedding", "prompt_embeddings", "code", "shift_code")
+        given = {name: getattr(self, name) for name in embeddings if getattr(self, name) is not None}
+        return replace(self, **{name: value.to(dtype) for name, value in given.items()})
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class AdapterSizes:
         timestep_dim, class_dim, prompt_dim: widths of the base model's embeddings; None leaves that input out.
         scale_multiplier: factor on the guidance scale before its Fourier features. 1 keeps nearby scales alike; the
             authors' offset adapter uses 1,000, which turns the features into a hash of the scale.
+        noise_ranges: equal ranges of noise levels for which a :class:`ModulatedAdapter` has hidden units of their own.
     """
 
     hidden_size: int
@@ -64,6 +68,7 @@ class AdapterSizes:
     class_dim: int | None = None
     prompt_dim: int | None = None
     scale_multiplier: float = 1.0
+    noise_ranges: int = 1
 
 
 class ScalarEncoding(nn.Module):
@@ -276,7 +281,8 @@ class Modulation(NamedTuple):
     """What a :class:`ModulatedAdapter` needs of a forward pass (of T passes: with T in front).
 
     Attributes:
-        gain, shift: (B, 1, d), of the hidden features. strength: (B, 1, d), of the correction; zero at scale 1.
+        gain, shift: (B, 1, R d), of the hidden units. strength: (B, 1, R d), of what they add; zero at scale 1, and
+            zero for the units of other noise levels.
         shift_code: (B, d), what the shift of the block's own embedding is linear in, or (B, L, d), what the shifts of
             the prompt tokens are; zero at scale 1.
     """
@@ -295,7 +301,9 @@ class ModulatedAdapter(Adapter):
        a text-to-image UNet are told the prompt by its tokens: there every token is shifted, by S (w - 1) z of its own.
        (The same shift for all tokens would move all attention scores alike, which softmax does not notice.)
     2. A low-rank network on every token, beside the block's feed-forward layer: ``U (gelu(D h * (1 + a) + b) * (w - 1)
-       (1 + g))``.
+       (1 + g))``. Its hidden units may be divided among R ranges of noise levels: those of other ranges are silent.
+       What guidance adds where noise is high (the composition) and where it is low (the details) would otherwise be
+       learned by the same units, and the training of each undoes the other.
 
     z is the set's :class:`SharedCode` and (a, b, g) are linear in it. Guidance adds ``(w - 1) (cond - uncond)`` to the
     conditional prediction, so the factor w - 1 is built in: at scale 1 the adapter is the identity whatever it has
@@ -307,11 +315,11 @@ class ModulatedAdapter(Adapter):
 
     def __init__(self, channels: int, sizes: AdapterSizes) -> None:
         super().__init__(channels, sizes)
-        d = sizes.hidden_size
-        self.modulation = nn.Linear(d, 3 * d)
+        d, units = sizes.hidden_size, sizes.noise_ranges * sizes.hidden_size
+        self.modulation = nn.Linear(d, 3 * units)
         self.embedding_proj = nn.Linear(d, sizes.prompt_dim or channels, bias=False)
-        self.down = nn.Linear(channels, d)
-        self.up = nn.Linear(d, channels, bias=False)
+        self.down = nn.Linear(channels, units)
+        self.up = nn.Linear(units, channels, bias=False)
         for last in (self.up, self.embedding_proj, self.modulation):
             nn.init.zeros_(last.weight)
         nn.init.zeros_(self.modulation.bias)
@@ -320,7 +328,16 @@ class ModulatedAdapter(Adapter):
         assert inputs.code is not None and inputs.shift_code is not None
         gain, shift, gate = self.modulation(inputs.code)[..., None, :].chunk(3, dim=-1)
         beyond_one = (inputs.guidance_scale - 1).to(gate.dtype)[..., None, None]  # (..., B, 1, 1)
-        return Modulation(1 + gain, shift, beyond_one * (1 + gate), inputs.shift_code)
+        strength = beyond_one * (1 + gate)
+        if self.sizes.noise_ranges > 1:
+            strength = strength * self._in_range(inputs.noise_level)[..., None, :]
+        return Modulation(1 + gain, shift, strength, inputs.shift_code)
+
+    def _in_range(self, noise_level: Tensor) -> Tensor:
+        """1 for the hidden units of each noise level's own range, 0 for the others: (..., B) -> (..., B, R d)."""
+        ranges = self.sizes.noise_ranges
+        own = (noise_level * ranges).long().clamp(0, ranges - 1)
+        return F.one_hot(own, ranges).repeat_interleave(self.sizes.hidden_size, dim=-1)
 
     def shifted(self, embedding: Tensor, condition: tuple[Tensor, ...]) -> Tensor:
         """The block's embedding (B, C), or its prompt tokens (B, L, prompt_dim), shifted: S (w - 1) z is added."""

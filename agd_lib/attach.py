@@ -52,7 +52,7 @@ class AdapterConfig:
         guidance_range: (w_min, w_max) of the training trajectories.
         base_name, base_revision, base_fingerprint, prediction_type: the base model trained on.
         guided_channels: latent channels that the teacher guided.
-        scale_multiplier: see :class:`agd_lib.adapters.AdapterSizes`.
+        scale_multiplier, noise_ranges: see :class:`agd_lib.adapters.AdapterSizes`.
     """
 
     kind: str
@@ -68,6 +68,7 @@ class AdapterConfig:
     prediction_type: str
     guided_channels: int
     scale_multiplier: float = 1.0
+    noise_ranges: int = 1
     format_version: int = FORMAT_VERSION
     library_version: str = field(default_factory=lambda: _library_version())
 
@@ -116,8 +117,18 @@ class AdapterSet(nn.Module):
         if config.kind not in ADAPTERS:
             raise ValueError(f"got adapter kind {config.kind!r}, expected one of: {', '.join(ADAPTERS)}")
         self.config = config
+        if config.noise_ranges > 1 and config.kind != "modulated":
+            raise ValueError(
+                f"got noise_ranges {config.noise_ranges} for {config.kind} adapters, expected 1: only modulated adapters "
+                "have hidden units for ranges of noise levels"
+            )
         sizes = AdapterSizes(
-            config.hidden_size, config.timestep_dim, config.class_dim, config.prompt_dim, config.scale_multiplier
+            config.hidden_size,
+            config.timestep_dim,
+            config.class_dim,
+            config.prompt_dim,
+            config.scale_multiplier,
+            config.noise_ranges,
         )
         self.adapters = nn.ModuleDict(
             {site.replace(".", "/"): ADAPTERS[config.kind](channels, sizes) for site, channels in config.sites.items()}
@@ -143,6 +154,7 @@ class AdapterSet(nn.Module):
         use_timestep: bool = True,
         use_condition: bool = True,
         scale_multiplier: float = 1.0,
+        noise_ranges: int = 1,
         seed: int = 0,
         all_sites: bool = True,
     ) -> AdapterSet:
@@ -154,17 +166,21 @@ class AdapterSet(nn.Module):
             guidance_range: (w_min, w_max) that they will be trained on.
             guided_channels: latent channels that the teacher guides; None: all.
             use_timestep, use_condition: whether the adapters see the timestep, and the class or prompt.
+            noise_ranges: equal ranges of noise levels for which modulated adapters have ``hidden_size`` units each.
             seed: of their initial weights.
             all_sites: False leaves out the last attention of each up block of a UNet, as the authors' code does (13 of
                 SD 2.1's 16 sites, 58 of SDXL's 70); ``config.sites`` tells which there are.
 
         Raises:
-            ValueError: for an unknown kind, a hidden size below 1, a guidance range out of order, or modulated adapters
-                for a text-to-image model that are not to see the prompt, which is what they shift.
+            ValueError: for an unknown kind, a hidden size or a number of noise ranges below 1, several noise ranges for
+                a kind other than modulated, a guidance range out of order, or modulated adapters for a text-to-image
+                model that are not to see the prompt, which is what they shift.
         """
         check_guidance_range(guidance_range)
         if not _is_size(hidden_size):
             raise ValueError(f"got hidden_size {hidden_size!r}, expected a whole number from 1 to 65,536")
+        if not _is_number_of_ranges(noise_ranges):
+            raise ValueError(f"got noise_ranges {noise_ranges!r}, expected a whole number from 1 to 100")
         dims = base.adapter_input_dims()
         config = AdapterConfig(
             kind=kind,
@@ -180,6 +196,7 @@ class AdapterSet(nn.Module):
             prediction_type=base.prediction_type,
             guided_channels=guided_channels or base.latent_shape[0],
             scale_multiplier=scale_multiplier,
+            noise_ranges=noise_ranges,
         )
         if not use_condition and kind == "modulated" and dims["prompt_dim"] is not None:
             raise ValueError("got use_condition=False, expected True: modulated adapters shift the prompt's tokens")
@@ -680,6 +697,10 @@ def _is_size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= 65_536
 
 
+def _is_number_of_ranges(value: Any) -> bool:
+    return _is_size(value) and value <= 100
+
+
 def _is_size_or_none(value: Any) -> bool:
     return value is None or _is_size(value)
 
@@ -702,6 +723,7 @@ _CONFIG_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "sites": (_are_sites, "attention layers by name, each with a size from 1 to 65,536"),
     "guidance_range": (_is_range, "[w_min, w_max] with 0 <= w_min <= w_max"),
     "scale_multiplier": (_is_number, "a number"),
+    "noise_ranges": (_is_number_of_ranges, "a whole number from 1 to 100"),
     "format_version": (_is_size, "a version number"),
     "base_revision": (lambda value: value is None or _is_text(value), "a text or null"),
 }

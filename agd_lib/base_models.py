@@ -394,6 +394,7 @@ class DiTBase(BaseModel):
             return AdapterInputs(
                 guidance_scale=guidance_scale,
                 timestep_embedding=embedder.timestep_embedder(frequencies).float().unflatten(0, timestep.shape),
+                noise_level=timestep.float() / self.num_train_timesteps,
                 class_embedding=embedder.class_embedder.embedding_table(condition["class_labels"]).float(),
             )
 
@@ -523,6 +524,7 @@ class StableDiffusionBase(BaseModel):
             return AdapterInputs(
                 guidance_scale=guidance_scale,
                 timestep_embedding=self.denoiser.time_embedding(frequencies).float().unflatten(0, timestep.shape),
+                noise_level=timestep.float() / self.num_train_timesteps,
                 prompt_embeddings=tokens.float(),
             )
 

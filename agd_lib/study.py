@@ -53,6 +53,7 @@ class Recipe:
 
     hidden_size: int
     settings: TrainingSettings
+    noise_ranges: int = 1
 
 
 RECIPES: dict[str, Recipe] = {
@@ -86,6 +87,7 @@ def train_unit(base_name: str, run: Path, kind: str, seed: int) -> None:
     inputs = {
         "base": base.fingerprint(),
         "hidden_size": recipe.hidden_size,
+        "noise_ranges": recipe.noise_ranges,
         "settings": asdict(recipe.settings),
         "shards": [shard["sha256"] for shard in store.manifest["shards"]],
     }
@@ -97,7 +99,10 @@ def train_unit(base_name: str, run: Path, kind: str, seed: int) -> None:
             )
         return
     torch.set_num_threads(1)
-    adapters = AdapterSet.create(base, kind, recipe.hidden_size, tuple(store.manifest["guidance_range"]), seed=seed)
+    guidance_range = tuple(store.manifest["guidance_range"])
+    adapters = AdapterSet.create(
+        base, kind, recipe.hidden_size, guidance_range, noise_ranges=recipe.noise_ranges, seed=seed
+    )
     settings = replace(recipe.settings, seed=seed)
     # Compiled and in bfloat16 a step takes half the time, on a processor that has matrix units for it; the backward pass
     # of the fused attention has none there and would eat it all up, hence the plain one.
@@ -205,7 +210,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--n", type=int, default=1_700, help="images per scale and seed")
     parser.add_argument("--steps", type=int, default=20, help="sampler steps")
-    parser.add_argument("--trajectories", type=int, default=16_000)
+    parser.add_argument("--trajectories", type=int, default=32_000)
     parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
     arguments = parser.parse_args()
     start = time.perf_counter()

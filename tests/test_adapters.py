@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -35,19 +36,21 @@ def make_inputs(seed: int = 0) -> AdapterInputs:
     generator = torch.Generator().manual_seed(seed)
     return AdapterInputs(
         guidance_scale=1 + 5 * torch.rand(B, generator=generator),
+        noise_level=torch.tensor([0.2, 0.5, 0.7]),
         timestep_embedding=torch.randn(B, T, generator=generator),
         class_embedding=torch.randn(B, K, generator=generator),
         prompt_embeddings=torch.randn(B, L, P, generator=generator),
     )
 
 
-def make_adapter(kind: str, seen: tuple[str, ...], scale_multiplier: float = 1.0) -> Adapter:
+def make_adapter(kind: str, seen: tuple[str, ...], scale_multiplier: float = 1.0, noise_ranges: int = 1) -> Adapter:
     sizes = AdapterSizes(
         hidden_size=D,
         timestep_dim=T if "timestep" in seen else None,
         class_dim=K if "class" in seen else None,
         prompt_dim=P if "prompt" in seen else None,
         scale_multiplier=scale_multiplier,
+        noise_ranges=noise_ranges,
     )
     adapter = ADAPTERS[kind](C, sizes)
     if adapter.shares_code:
@@ -172,8 +175,9 @@ def test_cross_attention_adapter_by_hand(seen: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("seen", INPUT_SETS)
-def test_modulated_adapter_by_hand(seen: tuple[str, ...]) -> None:
-    adapter, inputs, hidden_states = make_adapter("modulated", seen), make_inputs(), tokens()
+@pytest.mark.parametrize("noise_ranges", [1, 2, 5])
+def test_modulated_adapter_by_hand(seen: tuple[str, ...], noise_ranges: int) -> None:
+    adapter, inputs, hidden_states = make_adapter("modulated", seen, noise_ranges=noise_ranges), make_inputs(), tokens()
     w = double(adapter)
     output, shifted = run(adapter, hidden_states, inputs), shift_of(adapter, inputs)
     for i in range(B):
@@ -189,14 +193,16 @@ def test_modulated_adapter_by_hand(seen: tuple[str, ...]) -> None:
             shifted_by = torch.stack([code + affine(w, "shared.prompt_proj", token) for token in prompt])
             code = code + affine(w, "shared.prompt_proj", sum(prompt) / L)
         code, shifted_by = code / (1 + torch.exp(-code)), shifted_by / (1 + torch.exp(-shifted_by))
-        a, b, g = affine(w, "modulation", code).split(D)
+        a, b, g = affine(w, "modulation", code).split(D * noise_ranges)
+        own = {1: (0, 0, 0), 2: (0, 1, 1), 5: (1, 2, 3)}[noise_ranges][i]  # of the noise levels 0.2, 0.5, 0.7
+        units = slice(own * D, (own + 1) * D)
         shift = torch.stack([(scale - 1) * affine(w, "embedding_proj", row) for row in shifted_by])
         assert shift.shape == ((L, P) if "prompt" in seen else (1, C))
         torch.testing.assert_close(shifted[i].double().reshape(shift.shape), shift, rtol=1e-4, atol=1e-4)
         for n in range(N):
             x = affine(w, "down", hidden_states[i, n].double()) * (1 + a) + b
             gelu = x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
-            expected = affine(w, "up", gelu * (scale - 1) * (1 + g))
+            expected = w["up.weight"][:, units] @ (gelu * (scale - 1) * (1 + g))[units]
             torch.testing.assert_close(output[i, n].double(), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -219,7 +225,7 @@ def test_every_input_matters_and_only_to_its_own_sample(kind: str) -> None:
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_inputs_that_an_adapter_does_not_see_do_not_matter(kind: str) -> None:
     adapter, hidden_states = make_adapter(kind, ()), tokens()
-    only_the_scale = AdapterInputs(make_inputs().guidance_scale, torch.zeros(B, T))
+    only_the_scale = AdapterInputs(make_inputs().guidance_scale, torch.zeros(B, T), torch.zeros(B))
     assert torch.equal(run(adapter, hidden_states, make_inputs()), run(adapter, hidden_states, only_the_scale))
     assert not any(part in name for name in adapter.state_dict() for part in ("timestep", "class", "prompt"))
 
@@ -234,7 +240,7 @@ def test_modulated_adapter_is_the_identity_at_scale_one() -> None:
     """Guidance adds (w - 1) times something: at w = 1 nothing, whatever the adapter has learned."""
     adapter = make_adapter("modulated", ("timestep", "class"))
     inputs = make_inputs()
-    at_one = AdapterInputs(torch.ones(B), inputs.timestep_embedding, inputs.class_embedding)
+    at_one = AdapterInputs(torch.ones(B), inputs.timestep_embedding, inputs.noise_level, inputs.class_embedding)
     assert run(adapter, tokens(), at_one).abs().max() == 0
     assert shift_of(adapter, at_one).abs().max() == 0
     assert run(adapter, tokens(), inputs).abs().max() > 0.1
@@ -258,6 +264,27 @@ def test_a_new_adapter_adds_exactly_nothing_but_can_learn(kind: str, seen: tuple
     (output.sum() - output[0, 0, 0]).backward()
     moving = [name for name, p in adapter.named_parameters() if p.grad is not None and p.grad.abs().max() > 0]
     assert moving  # the zero layer itself gets a gradient
+
+
+def test_a_noise_level_trains_the_units_of_its_own_range_alone() -> None:
+    adapter = make_adapter("modulated", ("timestep",), noise_ranges=2)
+    for level, own, other in (
+        (0.499, slice(0, D), slice(D, None)),
+        (0.5, slice(D, None), slice(0, D)),
+        (1.0, slice(D, None), slice(0, D)),
+    ):
+        adapter.zero_grad()
+        inputs = replace(make_inputs(), noise_level=torch.full((B,), level))
+        adapter(tokens(), tokens(), condition_of(adapter, inputs)).sum().backward()
+        assert adapter.up.weight.grad[:, own].abs().min() > 0 and adapter.down.weight.grad[own].abs().max() > 0
+        assert adapter.up.weight.grad[:, other].abs().max() == 0 and adapter.down.weight.grad[other].abs().max() == 0
+
+
+def test_the_boundary_of_two_ranges_does_not_depend_on_the_dtype() -> None:
+    """In bfloat16 a noise level of 0.499 would be 0.5."""
+    inputs = replace(make_inputs(), noise_level=torch.tensor([0.499, 0.5, 0.501])).to(torch.bfloat16)
+    assert inputs.timestep_embedding.dtype == torch.bfloat16 and inputs.guidance_scale.dtype == torch.float32
+    assert (inputs.noise_level * 2).long().tolist() == [0, 1, 1]
 
 
 def test_initial_weights_follow_the_paper() -> None:
@@ -293,6 +320,6 @@ def test_an_odd_width_is_refused() -> None:
 
 def test_too_long_a_prompt_is_refused() -> None:
     adapter = make_adapter("cross-attention", ("prompt",))
-    prompt = AdapterInputs(torch.ones(1), torch.zeros(1, T), prompt_embeddings=torch.zeros(1, 250, P))
+    prompt = AdapterInputs(torch.ones(1), torch.zeros(1, T), torch.zeros(1), prompt_embeddings=torch.zeros(1, 250, P))
     with pytest.raises(ValueError, match="got 251 condition tokens, expected at most 250"):
         adapter.condition(prompt)

@@ -278,6 +278,8 @@ def test_summary_counts_by_hand(dit_base: DiTBase) -> None:
         ({"guidance_range": (1.0, float("nan"))}, "got guidance range"),
         ({"guidance_range": (1.0, float("inf"))}, "got guidance range"),
         ({"guidance_range": (-1.0, 2.0)}, "got guidance range"),
+        ({"noise_ranges": 0}, "got noise_ranges 0, expected a whole number from 1 to 100"),
+        ({"noise_ranges": 2}, "got noise_ranges 2 for offset adapters, expected 1"),
     ],
 )
 def test_bad_settings_are_refused(dit_base: DiTBase, settings: dict[str, Any], message: str) -> None:
@@ -336,7 +338,8 @@ def saved(dit_base: DiTBase, tmp_path: Path) -> Path:
 def test_saved_and_loaded_adapters_are_equal_to_the_bit(
     dit_base: DiTBase, call: tuple, tmp_path: Path, kind: str
 ) -> None:
-    adapters = new(dit_base, kind, guidance_range=(1, 4), guided_channels=3, scale_multiplier=10.0)
+    ranges = {"noise_ranges": 2} if kind == "modulated" else {}
+    adapters = new(dit_base, kind, guidance_range=(1, 4), guided_channels=3, scale_multiplier=10.0, **ranges)
     adapters.save_pretrained(tmp_path / "deep" / "folder", card="# measured\n")
     loaded = AdapterSet.from_pretrained(tmp_path / "deep" / "folder")
     assert loaded.config == adapters.config
@@ -405,6 +408,9 @@ def edit(folder: Path, **changes: Any) -> None:
         ({"base_name": 3}, "base_name is 3, expected a text"),
         ({"prediction_type": None}, "prediction_type is None"),
         ({"guided_channels": -1}, "guided_channels is -1"),
+        ({"noise_ranges": 0}, "noise_ranges is 0, expected a whole number from 1 to 100"),
+        ({"noise_ranges": 10**9}, "noise_ranges is 1000000000"),
+        ({"noise_ranges": 2}, "noise_ranges 2 for cross-attention adapters, expected 1"),
         ({"format_version": 2}, "has adapter format version 2, this library reads 1"),
         ({"format_version": None}, "has adapter format version None"),
         ({"surprise": 1}, r"missing \[\], unknown \['surprise'\]"),
@@ -421,7 +427,7 @@ def test_an_edited_config_is_refused(saved: Path, changes: dict[str, Any], messa
         AdapterSet.from_pretrained(saved)
 
 
-@pytest.mark.parametrize("name", ["guidance_range", "scale_multiplier", "guided_channels"])
+@pytest.mark.parametrize("name", ["guidance_range", "scale_multiplier", "guided_channels", "noise_ranges"])
 @pytest.mark.parametrize("number", ["1e999", "-1e999"])
 def test_a_config_number_that_overflows_is_refused(saved: Path, name: str, number: str) -> None:
     """Valid JSON, but infinite once it is read."""
@@ -434,7 +440,9 @@ def test_a_config_number_that_overflows_is_refused(saved: Path, name: str, numbe
         AdapterSet.from_pretrained(saved)
 
 
-@pytest.mark.parametrize("name", ["kind", "sites", "prediction_type", "scale_multiplier", "format_version"])
+@pytest.mark.parametrize(
+    "name", ["kind", "sites", "prediction_type", "scale_multiplier", "noise_ranges", "format_version"]
+)
 def test_a_config_with_a_gap_is_refused(saved: Path, name: str) -> None:
     config = json.loads((saved / CONFIG_NAME).read_text())
     del config[name]

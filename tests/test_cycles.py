@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_models import randomise
 from torch import Tensor, nn
 
 import agd_lib.cycles as cycles
@@ -218,3 +219,19 @@ def test_the_shipped_transformer_is_trained_as_ever(monkeypatch: pytest.MonkeyPa
     assert expected is not None
     for (name, one), (_, other) in zip(second.state_dict().items(), expected.state_dict().items()):
         assert torch.equal(one, other), name
+
+
+def test_a_grown_denoiser_computes_what_the_shallow_one_computes_and_its_new_blocks_learn() -> None:
+    tied = tiny.new_dit(2)
+    randomise(tied, 3)
+    shallow = tiny._untied(tied).eval()
+    deep = tiny.grown(shallow, 5).eval()
+    assert len(deep.transformer_blocks) == 5 and len({block.norm1.emb for block in deep.transformer_blocks}) == 1
+    x = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    call = {"timestep": torch.tensor([5, 400, 999]), "class_labels": torch.tensor([0, 7, 20])}
+    with torch.no_grad():
+        expected = shallow(x, **call).sample
+    result = deep(x, **call).sample
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+    result.square().sum().backward()
+    assert all(block.norm1.linear.weight.grad.abs().max() > 0 for block in deep.transformer_blocks)

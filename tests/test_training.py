@@ -313,15 +313,15 @@ def test_weights_have_mean_one_over_the_store_and_make_noise_levels_count_alike(
     assert max(plain) > 1.5 * min(plain)
 
 
-def test_states_are_drawn_as_often_as_their_range_moves_the_endpoint() -> None:
+def test_half_of_the_states_are_drawn_as_often_as_their_range_moves_the_endpoint() -> None:
     timestep = torch.randint(0, 750, (400,), generator=torch.Generator().manual_seed(1))  # none in the last range
     store = FakeStore(timestep, torch.ones(400))
     order = InfluenceOrder(store, torch.tensor([0.0, 1.0, 3.0, 9.0]))  # type: ignore[arg-type]
     drawn = torch.cat([order.batch_indices(100, step, seed=4) for step in range(200)])
     counts = torch.bincount(timestep[drawn] // 250, minlength=4).double()
-    floor = 0.05 * 4 / 4  # of the mean odds of four ranges
-    expected = torch.tensor([floor, 1.0, 3.0, 0.0]).double()
-    torch.testing.assert_close(counts / len(drawn), expected / expected.sum(), rtol=0.1, atol=0)
+    expected = torch.tensor([0 / 4, 1 / 4, 3 / 4, 0]) / 2 + torch.tensor([1 / 3, 1 / 3, 1 / 3, 0]) / 2
+    torch.testing.assert_close(counts / len(drawn), expected.double(), rtol=0.05, atol=0)
+    torch.testing.assert_close(order.odds, expected.double())
     per_state = torch.bincount(drawn[timestep[drawn] >= 500], minlength=400)[timestep >= 500].double()
     assert per_state.min() > 0.5 * per_state.mean() and per_state.max() < 1.5 * per_state.mean()
     assert torch.equal(order.batch_indices(100, 7, 4), order.batch_indices(100, 7, 4))
