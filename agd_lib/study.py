@@ -57,9 +57,11 @@ class Recipe:
 
 
 RECIPES: dict[str, Recipe] = {
-    "offset": Recipe(24, TrainingSettings(5_000, 128, 2e-3, weighting="endpoint", max_grad_norm=1.0)),
-    "cross-attention": Recipe(20, TrainingSettings(2_500, 128, 2e-3, weighting="endpoint", max_grad_norm=1.0)),
-    "modulated": Recipe(29, TrainingSettings(20_000, 128, 4e-3, weighting="endpoint", max_grad_norm=1.0)),
+    "offset": Recipe(24, TrainingSettings(2_000, 128, 2e-3, weighting="endpoint", max_grad_norm=1.0)),
+    "cross-attention": Recipe(20, TrainingSettings(1_500, 128, 2e-3, weighting="endpoint", max_grad_norm=1.0)),
+    "modulated": Recipe(
+        19, TrainingSettings(10_000, 128, 4e-3, weighting="endpoint", max_grad_norm=1.0), noise_ranges=2
+    ),
 }
 """Sizes of at most 5 % of tiny-dit's parameters. The paper's learning rate is 1e-4: small models bear a higher one."""
 
@@ -231,7 +233,8 @@ def main() -> None:
             trajectories_per_shard=1_000,
         )
         influence_of(base, collect(base, plan, run / "trajectories"))  # once, before two workers want it
-        trainings = [(arguments.base, run, kind, seed) for seed in arguments.seeds for kind in arguments.kinds]
+        longest_first = sorted(arguments.kinds, key=lambda kind: -RECIPES[kind].settings.num_steps)
+        trainings = [(arguments.base, run, kind, seed) for kind in longest_first for seed in arguments.seeds]
         _in_parallel(arguments.workers, "train", train_unit, trainings)
         students = itertools.product(arguments.kinds, arguments.scales, arguments.seeds)
         rows += measured("AGD", itertools.starmap(Unit, students))
