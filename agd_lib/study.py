@@ -212,7 +212,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--n", type=int, default=1_700, help="images per scale and seed")
     parser.add_argument("--steps", type=int, default=20, help="sampler steps")
-    parser.add_argument("--trajectories", type=int, default=32_000)
+    parser.add_argument("--trajectories", type=int, default=24_000)
     parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
     arguments = parser.parse_args()
     start = time.perf_counter()
@@ -229,7 +229,6 @@ def main() -> None:
             tuple(base.all_conditions()),
             arguments.trajectories,
             num_inference_steps=arguments.steps,
-            steps_per_trajectory=max(1, arguments.steps // 2),
             trajectories_per_shard=1_000,
         )
         influence_of(base, collect(base, plan, run / "trajectories"))  # once, before two workers want it
