@@ -124,7 +124,8 @@ def compare(
 @pytest.mark.parametrize("batch_size", [1, 8, 32])
 @pytest.mark.parametrize("kind", list(RECIPES))
 def test_tiny_dit(benchmark: Any, comparisons: Comparisons, tiny: BaseModel, kind: str, batch_size: int) -> None:
-    adapters = AdapterSet.create(tiny, kind, RECIPES[kind].hidden_size)
+    recipe = RECIPES[kind]
+    adapters = AdapterSet.create(tiny, kind, recipe.hidden_size, noise_ranges=recipe.noise_ranges)
     compare(benchmark, comparisons, tiny, adapters, batch_size, rounds=max(5, 20 // batch_size), num_steps=20)
 
 
