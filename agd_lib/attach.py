@@ -238,6 +238,8 @@ class AdapterSet(nn.Module):
     def attach(self, base: BaseModel) -> AdapterSet:
         """Put the adapters on a base model; returns self. Adapters that it carried before are removed, with a warning.
 
+        There is a warning, too, if they were trained on a base model of the same name with other weights.
+
         Raises:
             AdapterError: if the base model does not fit; the message says in what.
         """
@@ -245,6 +247,12 @@ class AdapterSet(nn.Module):
         previous = _attached[base.denoiser]() if base.denoiser in _attached else None
         if previous is self:
             return self
+        if base.name == self.config.base_name and base.fingerprint() not in ("meta", self.config.base_fingerprint):
+            warnings.warn(
+                f"these adapters were trained on a {base.name} with other weights (fingerprint "
+                f"{self.config.base_fingerprint}, here {base.fingerprint()}): expect worse images, or train them again",
+                stacklevel=2,
+            )
         if previous is not None:
             warnings.warn("this base model carried adapters already; they were removed", stacklevel=2)
             previous.remove()
@@ -487,6 +495,12 @@ class AdapterSet(nn.Module):
         sites = {site: parts.channels for site, parts in base.attention_sites().items()}
         dims = base.adapter_input_dims()
         wrong = [f"attention layer {site} is missing" for site in self.config.sites if site not in sites]
+        for_fewer = set(sites) - set(self.config.sites)
+        if not wrong and for_fewer and set(self.config.sites) != set(base.attention_sites(all_sites=False)):
+            wrong.append(
+                f"it has {len(sites)} attention layers, the adapters are for {len(self.config.sites)} of them: there is "
+                f"none for {min(for_fewer)}"
+            )
         wrong += [
             f"{site} has width {sites[site]}, the adapter {channels}"
             for site, channels in self.config.sites.items()

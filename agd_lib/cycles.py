@@ -7,6 +7,7 @@ images that are still to come in this epoch, and the random generator.
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -66,10 +67,25 @@ def min_snr_weights(alphas_cumprod: Tensor, prediction_type: str, gamma: float =
     return snr.clamp(max=gamma) / snr
 
 
-def save_model(model: Any, folder: Path) -> None:
-    """Save a model of diffusers or transformers: the folder is whole or absent."""
+def save_model(model: Any, folder: Path, settings: Mapping[str, Any] | None = None) -> None:
+    """Save a model of diffusers or transformers: the folder is whole or absent.
+
+    Args:
+        settings: of its training, to be kept beside it: see :func:`check_settings`.
+    """
     with writing(folder) as temporary:
         model.save_pretrained(temporary)
+        forget_paths(temporary)
+        if settings is not None:
+            write_json(temporary / SETTINGS, dict(settings))
+
+
+def forget_paths(folder: Path) -> None:
+    """Take out of the configurations in a folder where diffusers loaded their models from."""
+    for path in folder.rglob("*.json"):
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(value, dict) and value.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
-from .cycles import Checkpoint, batches, one_cycle, save_model, train_cycle
+from .cycles import Checkpoint, batches, check_settings, forget_paths, one_cycle, save_model, train_cycle
 from .evaluation import ShapesFeatures, save_reference
 from .extractor import ShapesExtractor
 from .project import ROOT
@@ -299,7 +299,10 @@ def build_tiny_dit(
     """Train autoencoder, denoiser and extractor, and save them as ``output`` (a ``DiTPipeline`` folder).
 
     Args:
-        dit_cycles: see :data:`DIT_CYCLES`. work: where the denoiser is kept after each cycle but the last.
+        dit_cycles: see :data:`DIT_CYCLES`. work: where the denoiser is kept after each cycle.
+
+    Raises:
+        CheckpointError: if what lies in ``work`` was trained with other settings.
     """
     output.mkdir(parents=True, exist_ok=True)
     images, labels = make_images(TRAIN_SEED, num_images)
@@ -311,15 +314,15 @@ def build_tiny_dit(
         dit = None
         for cycle, (num_layers, steps, learning_rate) in enumerate(dit_cycles):
             finished = work / f"cycle-{cycle}"
-            if finished.exists():
-                dit = DiTTransformer2DModel.from_pretrained(finished)
-                continue
             settings = {
                 "num_images": num_images,
-                "num_layers": num_layers,
-                "steps": steps,
-                "learning_rate": learning_rate,
+                "vae_steps": vae_steps,
+                "cycles": [list(each) for each in dit_cycles[: cycle + 1]],
             }
+            if finished.exists():
+                check_settings(finished, settings)
+                dit = DiTTransformer2DModel.from_pretrained(finished)
+                continue
             checkpoint = Checkpoint(work / f"cycle-{cycle}-unfinished", settings)
             dit = train_dit(
                 mean,
@@ -334,7 +337,7 @@ def build_tiny_dit(
                 checkpoint=checkpoint,
                 compiled=True,
             )
-            save_model(dit, finished)
+            save_model(dit, finished, settings)
             checkpoint.remove()
         save_model(dit, output / "transformer")
     if not (output / "extractor").exists():
@@ -354,6 +357,7 @@ def build_tiny_dit(
     )
     pipeline.register_to_config(id2label=dict(enumerate(SHAPES)))  # diffusers itself forgets the names when it saves
     pipeline.save_pretrained(output)
+    forget_paths(output)
 
 
 def main() -> None:

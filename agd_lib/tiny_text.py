@@ -37,7 +37,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from .attributes import AttributeFeatures, AttributeReader, Targets, fulfilled, targets
 from .base_models import base_from_pipeline
-from .cycles import SETTINGS, Checkpoint, batches, check_settings, one_cycle, train_cycle
+from .cycles import SETTINGS, Checkpoint, batches, check_settings, forget_paths, one_cycle, train_cycle
 from .errors import CheckpointError
 from .evaluation import save_reference
 from .extractor import load_local, weights_hash
@@ -569,15 +569,7 @@ def build_tiny_text(
         write_json(temporary / SETTINGS, settings)
         write_json(temporary / MEASURED, measured)
         (temporary / "README.md").write_text(_model_card(settings, measured), encoding="utf-8")
-        for path in temporary.rglob("*.json"):
-            _forget_paths(path)
-
-
-def _forget_paths(path: Path) -> None:
-    """Take out of a configuration where its model was loaded from."""
-    value = json.loads(path.read_text(encoding="utf-8"))
-    if isinstance(value, dict) and value.pop("_name_or_path", None) is not None:
-        path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        forget_paths(temporary)
 
 
 def _train_cycles(

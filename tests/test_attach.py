@@ -295,9 +295,13 @@ def test_bad_settings_are_refused(dit_base: DiTBase, settings: dict[str, Any], m
     [
         ({"attention_head_dim": 16}, "transformer_blocks.0.attn1 has width 32, the adapter 16.*timestep_dim is 32"),
         ({"num_layers": 2}, "attention layer transformer_blocks.2.attn1 is missing"),
+        (
+            {"num_layers": 4},
+            "it has 4 attention layers, the adapters are for 3 of them: there is none for transformer_blocks.3.attn1",
+        ),
         ({"prediction_type": "v_prediction"}, "it predicts v_prediction, the adapters were trained for epsilon"),
     ],
-    ids=["other width", "fewer blocks", "other prediction"],
+    ids=["other width", "fewer blocks", "more blocks", "other prediction"],
 )
 def test_a_base_that_does_not_fit_is_named_with_what_differs(
     dit_base: DiTBase, changes: dict[str, Any], message: str
@@ -312,6 +316,12 @@ def test_a_base_that_does_not_fit_is_named_with_what_differs(
 def test_many_differences_are_cut_short(dit_base: DiTBase) -> None:
     other = base_from_pipeline(build_dit_pipeline(attention_head_dim=16, num_layers=1, prediction_type="sample"), "x")
     with pytest.raises(AdapterError, match="and 1 more differences"):
+        new(dit_base).attach(other)
+
+
+def test_a_base_of_the_same_name_with_other_weights_is_warned_of(dit_base: DiTBase) -> None:
+    other = base_from_pipeline(build_dit_pipeline(seed=5), dit_base.name)
+    with pytest.warns(UserWarning, match=f"trained on a {dit_base.name} with other weights"):
         new(dit_base).attach(other)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from torch import Tensor, nn
 
 import agd_lib.cycles as cycles
 import agd_lib.tiny as tiny
+from agd_lib import load_base
 from agd_lib.cycles import Checkpoint, check_settings, min_snr_weights, one_cycle
 from agd_lib.errors import CheckpointError
+from agd_lib.project import DATA
 from agd_lib.tiny_text import new_scheduler, train_denoiser
 
 COUNT, BATCH = 20, 8
@@ -235,3 +238,36 @@ def test_a_grown_denoiser_computes_what_the_shallow_one_computes_and_its_new_blo
     torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
     result.square().sum().backward()
     assert all(block.norm1.linear.weight.grad.abs().max() > 0 for block in deep.transformer_blocks)
+
+
+def test_the_small_dit_is_built_in_cycles_that_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Finished cycles are not repeated, nor mistaken for those of other settings."""
+    calls: list[tuple[int, int]] = []
+
+    def train_dit(*args: Any, num_layers: int, seed: int, **kwargs: Any) -> Any:
+        calls.append((seed, num_layers))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return tiny._untied(tiny.new_dit(num_layers))
+
+    output, work = tmp_path / "out", tmp_path / "work"
+    for part in ("vae", "extractor", "reference.safetensors"):
+        source = DATA / "tiny-dit" / part
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, _parent(output / part))
+    monkeypatch.setattr(tiny, "train_dit", train_dit)
+    cycles = [(1, 5, 1e-3), (2, 4, 1e-3)]
+    with pytest.raises(KeyboardInterrupt):
+        tiny.build_tiny_dit(output, num_images=8, dit_cycles=cycles, work=work)
+    with pytest.raises(
+        CheckpointError, match=r"cycle-0 was trained with other settings: cycles is \[\[1, 5, 0.001\]\]"
+    ):
+        tiny.build_tiny_dit(output, num_images=8, dit_cycles=[(1, 6, 1e-3), (2, 4, 1e-3)], work=work)
+    tiny.build_tiny_dit(output, num_images=8, dit_cycles=cycles, work=work)
+    assert calls == [(0, 1), (1, 2), (1, 2)]
+    assert len(load_base(output).attention_sites()) == 2
+    assert not any("_name_or_path" in path.read_text() for path in output.rglob("*.json"))
+
+
+def _parent(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path

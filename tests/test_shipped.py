@@ -1,0 +1,56 @@
+"""What ``data/`` ships belongs together: base models, their adapters, and the tables measured on them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from agd_lib import AdapterSet, load_base
+from agd_lib.adapters import ADAPTERS
+from agd_lib.base_models import BaseModel
+from agd_lib.project import DATA
+from agd_lib.study import read_study
+
+BASES = sorted(path.parent.name for path in DATA.glob("*/model_index.json"))
+ADAPTER_FOLDERS = sorted(path.parent for path in DATA.glob("*/adapters/*/config.json"))
+
+
+@pytest.fixture(scope="module", params=BASES)
+def base(request: pytest.FixtureRequest) -> BaseModel:
+    return load_base(request.param)
+
+
+def test_the_small_dit_ships_with_every_kind_of_adapters() -> None:
+    assert "tiny-dit" in BASES
+    assert {folder.name for folder in ADAPTER_FOLDERS if folder.parent.parent.name == "tiny-dit"} == set(ADAPTERS)
+
+
+def test_adapters_were_trained_on_the_base_beside_them_and_are_small(base: BaseModel) -> None:
+    for folder in (DATA / base.name / "adapters").glob("*"):
+        adapters = AdapterSet.from_pretrained(folder)
+        assert adapters.config.base_fingerprint == base.fingerprint(), folder.name
+        assert adapters.config.kind == folder.name
+        assert 0.01 <= adapters.num_parameters() / base.num_parameters() <= 0.05
+
+
+def test_tables_are_of_these_models(base: BaseModel) -> None:
+    rows = read_study(DATA / "results" / f"{base.name}.json")
+    assert {row.base_parameters for row in rows} == {base.num_parameters()}
+    for kind in ADAPTERS:
+        shipped = AdapterSet.from_pretrained(DATA / base.name / "adapters" / kind)
+        assert {row.adapter_parameters for row in rows if row.adapter == kind} == {shipped.num_parameters()}
+
+
+@pytest.mark.parametrize("path", sorted(DATA.rglob("*.json")), ids=lambda path: path.relative_to(DATA).as_posix())
+def test_no_configuration_names_a_folder_of_the_machine_it_was_made_on(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert "_name_or_path" not in json.loads(text)
+    assert not re.search(r'"(/|[A-Z]:\\\\|~/)[^"]*"', text)
+
+
+def test_the_data_fit_into_git() -> None:
+    for name in BASES:
+        assert sum(path.stat().st_size for path in (DATA / name).rglob("*") if path.is_file()) < 30e6
