@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -45,7 +44,7 @@ from torch import Tensor
 from .attach import AdapterSet
 from .base_models import BaseModel, DiTBase, SamplingRun, StableDiffusionBase, StableDiffusionXLBase
 from .errors import BaseModelError
-from .guidance import Scale, scale_at
+from .guidance import Scale, scale_at, warn_if_untrained
 
 PIPELINES: dict[Any, type[DiTBase | StableDiffusionBase]] = {
     DiTPipeline: DiTBase,
@@ -213,8 +212,7 @@ def _read_scale(arguments: Mapping[str, Any], trained: tuple[float, float]) -> S
         raise ValueError(
             f"got guidance_scale {given!r}, expected a number, one number per prompt, or a function of the timestep"
         ) from error
-    if _is_outside(scales, trained):
-        _warn_of_range(given, trained, stacklevel=4)
+    warn_if_untrained(scales, trained, given, stacklevel=4)
     return scales.repeat_interleave(arguments.get("num_images_per_prompt") or 1)
 
 
@@ -225,23 +223,7 @@ def _watched(schedule: Callable[[int], float], trained: tuple[float, float]) -> 
     def scale(timestep: int) -> float:
         nonlocal has_warned
         value = schedule(timestep)
-        if not has_warned and _is_outside(torch.as_tensor(value), trained):
-            has_warned = True
-            _warn_of_range(f"{value} at timestep {timestep}", trained, stacklevel=3)
+        has_warned = has_warned or warn_if_untrained(value, trained, f"{value} at timestep {timestep}", stacklevel=3)
         return value
 
     return scale
-
-
-def _is_outside(scales: Tensor, trained: tuple[float, float]) -> bool:
-    low, high = trained
-    return bool(((scales < low) | (scales > high)).any())
-
-
-def _warn_of_range(given: Any, trained: tuple[float, float], stacklevel: int) -> None:
-    low, high = trained
-    warnings.warn(
-        f"got guidance_scale {given}: these adapters were trained on scales from {low:g} to {high:g}, beyond which "
-        "nobody has taught them anything",
-        stacklevel=stacklevel,
-    )

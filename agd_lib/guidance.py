@@ -11,6 +11,7 @@ A *scale* is a number, a tensor with one value per sample, or a schedule over ti
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeAlias
@@ -72,6 +73,25 @@ def scale_at(scale: Scale, timestep: int, batch_size: int, like: Tensor) -> Tens
             "1 to 12)"
         )
     return tensor
+
+
+def warn_if_untrained(scale: float | Tensor, trained: tuple[float, float], given: object, stacklevel: int) -> bool:
+    """Warn of scales outside the range (w_min, w_max) that adapters were trained on; returns whether there were any.
+
+    Args:
+        given: what the warning quotes.
+    """
+    low, high = trained
+    values = torch.as_tensor(scale)
+    usable = (values >= 0) & values.isfinite()  # others are refused when they are used
+    if not bool((usable & ((values < low) | (values > high))).any()):
+        return False
+    warnings.warn(
+        f"got guidance_scale {given}: these adapters were trained on scales from {low:g} to {high:g}, beyond which "
+        "nobody has taught them anything",
+        stacklevel=stacklevel + 1,
+    )
+    return True
 
 
 @dataclass(frozen=True)
@@ -157,10 +177,18 @@ class CFG:
 
 @dataclass(frozen=True)
 class AGD:
-    """Adapter guidance: one conditional pass through the base with the adapters told the scale (the paper's method)."""
+    """Adapter guidance: one conditional pass through the base with the adapters told the scale (the paper's method).
+
+    Warns of a scale beyond the range that the adapters were trained on.
+    """
 
     adapters: AdapterSet
     scale: Scale
+
+    def __post_init__(self) -> None:
+        scale = self.scale.scale if isinstance(self.scale, GuidanceInterval) else self.scale
+        if not callable(scale):
+            warn_if_untrained(scale, self.adapters.config.guidance_range, scale, stacklevel=3)
 
     def predict(self, base: BaseModel, latents: Tensor, timestep: float, condition: Condition) -> Tensor:
         self.adapters.check_attached(base)

@@ -108,6 +108,13 @@ LANE_OF_BASE: dict[str, str] = {"tiny-dit": "dit", "dit-xl-2-256": "dit"}
 """The lane of each base model with a short name. Any other base model (a folder, a hub id) takes the first lane."""
 
 
+FILES: dict[str, str] = {
+    "reference": "real images (a folder), or their statistics (an .npz file)",
+    "real_images": "a folder of real images",
+}
+"""Parameters of notebooks that name files of the user's."""
+
+
 def lane_of(base: str) -> tuple[Notebook, ...]:
     """The notebooks that serve a base model."""
     return LANES[LANE_OF_BASE.get(base, next(iter(LANES)))]
@@ -199,6 +206,7 @@ def notebook_inputs(
         "the library": _digest([[p.name, sha256(p)] for p in library]),
         "torch or diffusers": _digest([version("torch"), version("diffusers")]),
         "the base model": _digest(_data_manifest(base)),
+        "the shipped table": _digest(sha256(table) if (table := DATA / "results" / f"{base}.json").is_file() else None),
         "what it needs": _digest(needed),
     }
 
@@ -468,13 +476,15 @@ def reproduce(
         command: for the report.
 
     Raises:
-        ReproduceError: if a notebook is missing, the profile sets what none declares, or the disk is not enough.
+        ReproduceError: if a notebook is missing, the profile sets what none declares or names files that are not there,
+            or the disk is not enough.
         NotebookFailure: if a notebook stops with an error. What is finished stays finished.
     """
     run = root / folder_name(profile.base)
     chosen = _with_needed(lane, only)
     declared = {notebook.name: declared_parameters(_existing(notebooks, notebook)) for notebook in lane}
     _check_names(profile, declared)
+    _check_files(profile)
     _announce(profile, run, len(chosen))
     base = str(Path(profile.base).resolve()) if Path(profile.base).is_dir() else profile.base
     given = {"base_name": base, "run_dir": display_path(run)}
@@ -503,6 +513,18 @@ def _check_names(profile: Profile, declared: dict[str, set[str]]) -> None:
             f"the profile {profile.name} for {profile.base} sets {', '.join(sorted(unknown))}, which no notebook "
             "declares in its parameters cell: a misspelt name would change nothing, silently"
         )
+
+
+def _check_files(profile: Profile) -> None:
+    """Refuse a profile that names images which are not there: the notebook that needs them would find out in the end."""
+    given = [profile.parameters, *profile.exceptions.values()]
+    for name, what in FILES.items():
+        for path in {str(values[name]) for values in given if values.get(name) not in (None, "", "shapes")}:
+            if not repository_path(path).exists():
+                raise ReproduceError(
+                    f"the profile {profile.name} for {profile.base} names {path} as {name}, and there is no such file or "
+                    f"folder: expected {what}. Edit the profile, or give a copy with --parameters"
+                )
 
 
 def _with_needed(lane: Sequence[Notebook], only: Sequence[str]) -> list[Notebook]:

@@ -246,6 +246,11 @@ def _check_finite(rows: dict[str, Tensor], indices: Sequence[int]) -> None:
 
 def _check_plan(base: BaseModel, plan: CollectionPlan) -> None:
     """Raises ``ValueError`` for what this base model cannot do, before any work is done."""
+    if base.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"got a base model in {base.dtype}, expected torch.float32: where noise is high, guidance adds less than its "
+            "rounding errors, and a student would learn those. Load it with dtype=torch.float32"
+        )
     base.encode(plan.conditions)
     channels, steps = base.latent_shape[0], plan.num_inference_steps
     if (plan.guided_channels or 1) > channels:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -156,3 +158,29 @@ def test_interval_refuses_bad_scales(scale: float) -> None:
 def test_interval_refuses_a_reversed_range() -> None:
     with pytest.raises(ValueError, match=r"got the interval \[600, 200\], expected low <= high"):
         GuidanceInterval(3.0, 600, 200)
+
+
+# Beyond what was trained ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("scale", "outside"),
+    [
+        (6.0, False),
+        (6.5, True),
+        (0.5, True),
+        (torch.tensor([1.0, 6.0]), False),
+        (torch.tensor([1.0, 7.0]), True),
+        (GuidanceInterval(5.0, 100, 200), False),
+        (GuidanceInterval(9.0, 100, 200), True),
+        (lambda timestep: 9.0, False),  # who knows when: the schedule is asked while it samples
+        (math.nan, False),
+    ],
+)
+def test_scales_beyond_the_training_are_warned_of(dit_base: DiTBase, scale: Any, outside: bool) -> None:
+    adapters = AdapterSet.create(dit_base, guidance_range=(1.0, 6.0))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        AGD(adapters, scale)
+    assert len(caught) == outside
+    assert all("trained on scales from 1 to 6" in str(w.message) and w.filename == __file__ for w in caught)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from small_text_models import build_sdxl_pipeline
 
 from agd_lib import AdapterSet, base_from_pipeline
 from agd_lib.project import ROOT
+from agd_lib.reproduce import declared_parameters
 
 
 def run_with(number: int, replaced: Iterable[tuple[str, str]]) -> dict[str, Any]:
@@ -56,3 +58,34 @@ def test_the_code_for_a_pipeline_of_ones_own(tmp_path: Path) -> None:
     guided = names["pipe"]("a red star", num_inference_steps=2, generator=torch.manual_seed(0)).images[0]
     assert names["image"].size == plain.size
     assert guided.tobytes() == plain.tobytes()  # untrained adapters change nothing: one pass, the conditional one
+
+
+README, MAKEFILE = (
+    re.sub(r"\\\n\s*", "", (ROOT / name).read_text(encoding="utf-8")) for name in ("README.md", "Makefile")
+)
+
+
+def test_the_commands_for_make_exist() -> None:
+    named = set(re.findall(r"^`?make (\w+)|`make (\w+)", README, re.MULTILINE))
+    assert {name for pair in named for name in pair if name} <= set(re.findall(r"^(\w+):", MAKEFILE, re.MULTILINE))
+
+
+def test_nbval_is_called_as_ci_calls_it() -> None:
+    (ours,) = re.findall(r"^pytest (--nbval.*)$", README, re.MULTILINE)
+    (theirs,) = re.findall(r"pytest notebooks (--nbval.*)$", MAKEFILE, re.MULTILINE)
+    assert set(ours.split()) - set(theirs.split()) == {"notebooks/00_start_here.ipynb"}
+    assert set(theirs.split()) - set(ours.split()) == {"-p", "no:cacheprovider"}
+
+
+def test_the_parameters_for_papermill_are_declared() -> None:
+    (line,) = re.findall(r"^papermill (.*)$", README, re.MULTILINE)
+    notebook, _, *options = line.split()
+    given = {name for flag, name in pairwise(options) if flag == "-p"}
+    assert given == {"base_name", "run_dir"} and given <= declared_parameters(ROOT / notebook)
+
+
+def test_the_profiles_and_files_that_are_named_exist() -> None:
+    for path in re.findall(r"`((?:notebooks|data|tests|docs)/[\w./-]+)`", README):
+        assert (ROOT / path).exists() or path == "notebooks/profiles/my-pipeline.cpu.yaml", path
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / link).exists(), link

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -235,6 +236,28 @@ def test_a_damaged_executed_notebook_is_not_taken_for_finished(tmp_path: Path, n
 def test_a_misspelt_parameter_is_refused(tmp_path: Path, notebooks: Path) -> None:
     with pytest.raises(ReproduceError, match="sets sise, which no notebook declares"):
         reproduce(profile(sise=3), LANE, tmp_path / "runs", notebooks)
+
+
+@pytest.mark.parametrize(("name", "given"), [("reference", "exception"), ("real_images", "common")])
+def test_a_profile_that_names_files_which_are_not_there_is_refused_at_once(
+    tmp_path: Path, notebooks: Path, name: str, given: str
+) -> None:
+    """Not by the last notebook, after days."""
+    toy(notebooks, "01_first", "", parameters=f'run_dir: str = "{tmp_path}/x"\nsize: int = 0\n{name}: str = ""')
+    wanted = replace(profile(), exceptions={"01": {name: "no/such.npz"}})
+    if given == "common":
+        wanted = profile(**{name: "no/such.npz"})
+    with pytest.raises(ReproduceError, match=f"names no/such.npz as {name}, and there is no such file or folder"):
+        reproduce(wanted, LANE, tmp_path / "runs", notebooks)
+    assert not (tmp_path / "runs").exists()
+    module._check_files(profile(**{name: ""}))
+    module._check_files(profile(**{name: str(notebooks)}))
+
+
+def test_the_papers_profile_is_refused_until_its_reference_is_there(tmp_path: Path) -> None:
+    paper = load_profile("paper", "dit-xl-2-256")
+    with pytest.raises(ReproduceError, match="as reference, and there is no such file or folder"):
+        reproduce(paper, lane_of(paper.base), tmp_path)
 
 
 def test_a_profile_can_make_an_exception_for_one_notebook(tmp_path: Path, notebooks: Path) -> None:

@@ -298,6 +298,14 @@ def test_what_the_base_cannot_do_is_found_before_any_work(
     with count_forwards(base) as meter, pytest.raises(ValueError, match=message):
         collect(base, a_plan(**changes), tmp_path / "store", progress=False)
     assert meter.calls == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_teacher_that_rounds_is_refused(dit_folder: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    rough = load_base(dit_folder, dtype=dtype)
+    with count_forwards(rough) as meter, pytest.raises(ValueError, match=f"in {dtype}, expected torch.float32"):
+        collect(rough, a_plan(), tmp_path / "store", progress=False)
+    assert meter.calls == 0 and not (tmp_path / "store").exists()
     assert not (tmp_path / "store").exists()
 
 

@@ -16,7 +16,8 @@ import pytest
 from agd_lib.attach import AdapterSet
 from agd_lib.project import ROOT
 from agd_lib.report import write_report
-from agd_lib.reproduce import NOTEBOOKS, lane_of, load_profile, merge_results, reproduce
+from agd_lib.reproduce import NOTEBOOKS, lane_of, load_profile, main, merge_results, reproduce
+from agd_lib.results import markdown_table
 from agd_lib.trajectories import TrajectoryStore
 
 COMMITTED = sorted(NOTEBOOKS.glob("*.ipynb"))
@@ -175,3 +176,14 @@ def test_the_run_makes_a_report(root: Path) -> None:
     page = write_report(root, rows).read_text(encoding="utf-8")
     assert "data:image/png;base64," in page and "modulated" in page
     assert not re.search(r"<script|src='http|href='http", page)
+
+
+def test_the_command_line_goes_on_from_there_and_ends_with_the_table(
+    root: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--profile", "smoke", "--base", BASE, "--run-dir", str(root)]) == 0
+    said = capfd.readouterr().out
+    assert said.count("finished before, nothing changed since") == len(lane_of(BASE))
+    assert markdown_table(merge_results(root)) in said
+    for name in ("results.json", "report.html"):
+        assert (root / name).is_file() and name in said
