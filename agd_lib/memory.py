@@ -30,7 +30,7 @@ from .attach import AdapterSet
 from .base_models import BaseModel
 from .budget import gpu_memory_gib
 from .guidance import CFG
-from .training import Student, adam
+from .training import Student, TrainingSettings, optimizers
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -246,7 +246,7 @@ def training_step(student: Student, batch_size: int, tracker: LiveStorages) -> i
     parameters = list(adapters.parameters())
     tracker.name([*base.denoiser.parameters(), *base.denoiser.buffers()], "base")
     tracker.name([*parameters, *adapters.buffers()], "adapters")
-    optimizer = adam(adapters, learning_rate=1e-4)
+    (optimizer,) = optimizers(adapters, TrainingSettings())
     for parameter in parameters:  # a first step, which makes the moments
         parameter.grad = torch.zeros_like(parameter)
     tracker.name((parameter.grad for parameter in parameters), "gradients")
@@ -358,6 +358,7 @@ def _check_batch_size(batch_size: int) -> None:
 def _blank_copy(base: BaseModel, dtype: torch.dtype) -> BaseModel:
     """The same architecture on fake tensors."""
     blank = copy.copy(base)
+    blank.name = f"{base.name}, without values"
     with torch.device("meta"):
         denoiser = type(base.denoiser).from_config(base.denoiser.config)
     blank.denoiser = _fake(denoiser, dtype).eval().requires_grad_(False)

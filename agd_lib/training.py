@@ -11,11 +11,12 @@ one process) every process takes its share of each batch.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,10 @@ class TrainingSettings:
         batch_size: recorded states per step, over all processes.
         learning_rate: peak, reached after ``warmup`` (a share of the steps) linearly, then cosine annealing to zero.
         weighting: ``"none"`` is the paper's plain squared error of states drawn uniformly; ``"timestep"`` weights each
-            state's error by its noise level (see :func:`timestep_weights`); ``"endpoint"`` also draws half of the states
-            from every noise level as often as guidance there moves the final image (see :class:`InfluenceOrder`).
+            state's error by its noise level (see :func:`timestep_weights`); ``"endpoint"`` also by its guidance scale
+            (see :func:`scale_weights`), and draws half of the states from every noise level as often as guidance there
+            moves the final image (see :class:`InfluenceOrder`).
+        optimizer: ``"adam"`` (the paper), or ``"muon"``, which makes more of every step: see :func:`optimizers`.
         max_grad_norm: a longer gradient is scaled down to this norm, which lets a higher learning rate be stable; None
             (the paper) leaves it as it is.
         seed: of the order in which states are drawn.
@@ -55,6 +58,7 @@ class TrainingSettings:
     learning_rate: float = 1e-4
     warmup: float = 0.1
     weighting: str = "none"
+    optimizer: str = "adam"
     max_grad_norm: float | None = None
     seed: int = 0
 
@@ -72,6 +76,8 @@ class TrainingSettings:
             )
         if self.weighting not in ("none", "timestep", "endpoint"):
             raise ValueError(f"got weighting {self.weighting!r}, expected 'none' (the paper), 'timestep' or 'endpoint'")
+        if self.optimizer not in ("adam", "muon"):
+            raise ValueError(f"got optimizer {self.optimizer!r}, expected 'adam' (the paper) or 'muon'")
 
     def learning_rate_at(self, step: int) -> float:
         """Learning rate of step ``step`` (the first is 0)."""
@@ -143,6 +149,25 @@ def timestep_weights(store: TrajectoryStore, num_bins: int = 20) -> Tensor:
     return weights[torch.arange(total) * num_bins // total].float()
 
 
+def scale_weights(store: TrajectoryStore) -> Tensor:
+    """One weight for every recorded state, 1 / (1 + (w - 1)^2), with mean 1 over the store: (len(store),) float32.
+
+    What guidance adds is proportional to w - 1, so a squared error listens to the largest scales: a state at w = 6 has 25
+    times the signal of one at w = 2. By these weights scales well above 1 are asked for the same relative accuracy. The
+    1 keeps those next to it, where there is hardly anything to learn, from deciding everything.
+    """
+    weights = 1 / (1 + (store.column("guidance_scale").double() - 1).square())
+    return (weights / weights.mean()).float()
+
+
+def state_weights(store: TrajectoryStore, weighting: str) -> Tensor:
+    """The weight of every recorded state's squared error, (len(store),) float32; see :class:`TrainingSettings`."""
+    if weighting == "none":
+        return torch.ones(len(store))
+    by_timestep = timestep_weights(store)[store.column("timestep")]
+    return by_timestep * scale_weights(store) if weighting == "endpoint" else by_timestep
+
+
 @functools.lru_cache(maxsize=2)
 def _shuffled(num_states: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(num_states, generator=torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63))
@@ -202,9 +227,21 @@ class InfluenceOrder:
         return torch.stack([self.members[k][int(place * len(self.members[k]))] for k, place in zip(ranges, places)])
 
 
-def adam(adapters: AdapterSet, learning_rate: float) -> torch.optim.Adam:
-    """The optimiser of Algorithm 2: no weight decay, and no copies of the parameters while it steps (``fused``)."""
-    return torch.optim.Adam(adapters.parameters(), lr=learning_rate, fused=True)
+def optimizers(adapters: AdapterSet, settings: TrainingSettings) -> list[torch.optim.Optimizer]:
+    """The optimisers of the adapters' weights, none with weight decay; every weight belongs to one of them.
+
+    Adam is that of Algorithm 2, without copies of the parameters while it steps (``fused``). Muon
+    (https://kellerjordan.github.io/posts/muon) is for matrices: it makes all directions of an update equally long, so that
+    those count which the gradient hardly shows. Its steps are scaled to be as long as Adam's, and Adam keeps the vectors.
+    """
+    matrices = [weight for weight in adapters.parameters() if weight.ndim == 2 and settings.optimizer == "muon"]
+    others = [weight for weight in adapters.parameters() if weight.ndim != 2 or settings.optimizer == "adam"]
+    found: list[torch.optim.Optimizer] = [torch.optim.Adam(others, lr=settings.learning_rate, fused=True)]
+    if matrices:
+        found.append(
+            torch.optim.Muon(matrices, settings.learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+        )
+    return found
 
 
 def train(
@@ -219,7 +256,7 @@ def train(
 ) -> Iterator[TrainingState]:
     """Algorithm 2: draw recorded states at random, take a step on the mean squared error to the guided prediction.
 
-    Adam without weight decay; only the adapters are trained. The adapters are attached to ``base`` and stay attached.
+    Only the adapters are trained. They are attached to ``base`` and stay attached.
 
     Args:
         adapters: trained in place.
@@ -257,7 +294,6 @@ def train(
             f"got batch size {settings.batch_size} for {accelerator.num_processes} processes and a checkpoint every "
             f"{checkpoint_every} steps, expected a multiple of the number of processes, and at least 1"
         )
-    optimizer = adam(adapters, settings.learning_rate)
     influence = None
     if settings.weighting == "endpoint":
         with accelerator.main_process_first():
@@ -265,10 +301,12 @@ def train(
     order = None if influence is None else InfluenceOrder(store, influence)
     identity = _identity(settings, store, adapters, influence)
     folder = Path(checkpoints) if checkpoints else None
-    student, optimizer = accelerator.prepare(Student(base, adapters, gradient_checkpointing), optimizer)
-    weights = None if settings.weighting == "none" else timestep_weights(store).to(base.device)
+    student, *parts = accelerator.prepare(
+        Student(base, adapters, gradient_checkpointing), *optimizers(adapters, settings)
+    )
+    weights = state_weights(store, settings.weighting)
     base.denoiser.eval()
-    start = _resume(folder, adapters, optimizer, identity) if folder else 0
+    start = _resume(folder, adapters, parts, identity) if folder else 0
     for step in range(start, settings.num_steps):
         if order is None:
             indices = batch_indices(len(store), settings.batch_size, step, settings.seed)
@@ -278,24 +316,24 @@ def train(
         batch = store.batch(share).to(base.device)
         prediction = student(batch.latents, batch.timestep, batch.condition, batch.guidance_scale)
         squared_error = (prediction - batch.target).square().flatten(1).mean(dim=1)  # (B,)
-        weight = 1.0 if weights is None else weights[batch.timestep]
-        loss = (weight * squared_error).mean()
+        loss = (weights[share].to(base.device) * squared_error).mean()
         if not bool(torch.isfinite(loss)):
             raise CheckpointError(
                 f"the loss at step {step + 1} is {loss.item()} (states {share[:8].tolist()} ...). "
                 f"Last good checkpoint: {_latest(folder) if folder else 'none was kept'}; try a lower learning rate"
             )
         learning_rate = settings.learning_rate_at(step)
-        for group in optimizer.param_groups:
+        for group in itertools.chain(*(optimizer.param_groups for optimizer in parts)):
             group["lr"] = learning_rate
         accelerator.backward(loss)
         if settings.max_grad_norm is not None:
             accelerator.clip_grad_norm_(adapters.parameters(), settings.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()  # now, not before the next backward: its forward pass needs the memory
+        for optimizer in parts:
+            optimizer.step()
+            optimizer.zero_grad()  # now, not before the next backward: its forward pass needs the memory
         done = step + 1
         if folder and accelerator.is_main_process and (done % checkpoint_every == 0 or done == settings.num_steps):
-            _save(folder, done, adapters, optimizer, identity)
+            _save(folder, done, adapters, parts, identity)
         yield TrainingState(done, loss.item(), learning_rate, batch.timestep, squared_error.detach())
 
 
@@ -366,13 +404,12 @@ def _identity(
     return json.loads(json.dumps(run | {"store": [shard["sha256"] for shard in store.manifest["shards"]]}))
 
 
-def _save(folder: Path, step: int, adapters: AdapterSet, optimizer: Any, identity: dict[str, Any]) -> None:
-    names = [name for name, _ in adapters.named_parameters()]
-    parameters = [parameter for _, parameter in adapters.named_parameters()]
+def _save(folder: Path, step: int, adapters: AdapterSet, parts: Sequence[Any], identity: dict[str, Any]) -> None:
     moments = {
         f"{key}.{name}": torch.as_tensor(value)
-        for name, parameter in zip(names, parameters)
-        for key, value in optimizer.state[parameter].items()
+        for optimizer in parts
+        for name, parameter in adapters.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
     }
     with writing(folder / f"step-{step:07d}") as temporary:
         temporary.mkdir()
@@ -394,8 +431,8 @@ def _latest(folder: Path) -> Path | None:
     return (_all(folder) or [None])[-1]  # type: ignore[list-item]
 
 
-def _resume(folder: Path, adapters: AdapterSet, optimizer: Any, identity: dict[str, Any]) -> int:
-    """Load the newest checkpoint into adapters and optimiser; returns the number of steps done (0: none)."""
+def _resume(folder: Path, adapters: AdapterSet, parts: Sequence[Any], identity: dict[str, Any]) -> int:
+    """Load the newest checkpoint into adapters and optimisers; returns the number of steps done (0: none)."""
     latest = _latest(folder)
     if latest is None:
         return 0
@@ -417,10 +454,10 @@ def _resume(folder: Path, adapters: AdapterSet, optimizer: Any, identity: dict[s
         )
     adapters.load_state_dict(read_tensors(latest / "adapters.safetensors", CheckpointError, "checkpoint"))
     moments = read_tensors(latest / "optimizer.safetensors", CheckpointError, "checkpoint")
-    for name, parameter in adapters.named_parameters():
-        optimizer.state[parameter] = {
-            key: moments[f"{key}.{name}"].clone().to(parameter.device)
-            for key in ("step", "exp_avg", "exp_avg_sq")
-            if f"{key}.{name}" in moments
-        }
+    by_name = dict(adapters.named_parameters())
+    owners = {weight: part for part in parts for group in part.param_groups for weight in group["params"]}
+    for entry, value in moments.items():
+        key, name = entry.split(".", 1)  # such as exp_avg and the parameter's name
+        parameter = by_name[name]
+        owners[parameter].state[parameter][key] = value.clone().to(parameter.device)
     return int(state["step"])

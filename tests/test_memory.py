@@ -129,8 +129,9 @@ def test_fake_tensors_live_as_long_as_real_ones(tmp_path: Path) -> None:
     base = small_base("sd", tmp_path)
     adapters = AdapterSet.create(base, "modulated", hidden_size=8)
     predicted = training_memory(base, adapters, 4, MemorySettings(gradient_checkpointing=True))
+    student = Student(base, adapters, gradient_checkpointing=True)
     with LiveStorages() as tracker:
-        saved = training_step(Student(base, adapters, gradient_checkpointing=True), 4, tracker)
+        saved = training_step(student, 4, tracker)
     sizes, moment = tracker.peak()
     assert sum(sizes.values()) == pytest.approx(predicted.memory.total - predicted.memory.other_models, rel=0.01)
     assert (saved, moment) == (pytest.approx(predicted.memory.saved, rel=0.01), predicted.memory.moment)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,9 @@ from agd_lib.training import (
     TrainingSettings,
     TrainingState,
     batch_indices,
+    scale_weights,
     state_errors,
+    state_weights,
     timestep_weights,
     train,
 )
@@ -150,6 +153,23 @@ def test_the_weighted_loss_is_the_weighted_mean(dit_base: DiTBase, store: Trajec
         assert not math.isclose(state.loss, float(state.squared_error.mean()), rel_tol=1e-2)
 
 
+def test_the_endpoint_loss_weighs_by_noise_level_and_scale(dit_base: DiTBase, store: TrajectoryStore) -> None:
+    settings = TrainingSettings(num_steps=3, batch_size=16, weighting="endpoint", seed=4)
+    order = InfluenceOrder(store, influence_of(dit_base, store))
+    for step, state in enumerate(train(dit_base, some_adapters(dit_base), store, settings)):
+        rows = order.batch_indices(16, step, 4)
+        assert torch.equal(store.column("timestep")[rows], state.timestep)
+        weights = timestep_weights(store)[state.timestep] * scale_weights(store)[rows]
+        assert math.isclose(state.loss, float((weights * state.squared_error).mean()), rel_tol=1e-5)
+
+
+def test_scale_weights_ask_for_the_same_relative_accuracy(store: TrajectoryStore) -> None:
+    weights, w = scale_weights(store), store.column("guidance_scale")
+    assert float(weights.mean()) == pytest.approx(1) and weights.dtype == torch.float32
+    torch.testing.assert_close(weights / weights[0], (1 + (w[0] - 1) ** 2) / (1 + (w - 1) ** 2))
+    torch.testing.assert_close(state_weights(store, "none"), torch.ones(len(store)))
+
+
 def test_training_continues_with_the_adapters_attached(dit_base: DiTBase, store: TrajectoryStore) -> None:
     adapters = some_adapters(dit_base)
     list(train(dit_base, adapters, store, QUICK))
@@ -199,6 +219,28 @@ def test_the_optimiser_uses_that_rate(dit_base: DiTBase, store: TrajectoryStore)
     ]
 
 
+def test_muon_moves_all_directions_of_a_matrix_alike(dit_base: DiTBase, store: TrajectoryStore) -> None:
+    """Its first step is the gradient's orthogonal factor, as long as a step of Adam's; vectors are left to Adam."""
+    adapters = some_adapters(dit_base)
+    settings = TrainingSettings(num_steps=10, batch_size=8, learning_rate=1e-3, optimizer="muon")
+    before = {name: value.detach().clone() for name, value in adapters.named_parameters()}
+    next(train(dit_base, adapters, store, settings))
+    seen = set()
+    for name, value in adapters.named_parameters():
+        step = (before[name] - value.detach()) / 1e-3
+        if not step.any():  # the last projections are zero: the others have no gradient yet
+            continue
+        seen.add(value.ndim)
+        if value.ndim == 2:
+            lengths = torch.linalg.svdvals(step) / (0.2 * math.sqrt(max(step.shape)))
+            assert lengths.median() > 0.6 and lengths.max() < 1.3, (
+                name
+            )  # short only where the gradient has next to nothing
+        else:
+            assert float(step.abs().max()) == pytest.approx(1, rel=1e-2), name
+    assert seen == {1, 2}
+
+
 def test_long_gradients_are_scaled_down_and_short_ones_left(
     dit_base: DiTBase, store: TrajectoryStore, tmp_path: Path
 ) -> None:
@@ -222,7 +264,7 @@ def test_the_papers_settings_are_the_defaults() -> None:
     settings = TrainingSettings()
     assert settings.max_grad_norm is None
     assert (settings.num_steps, settings.batch_size, settings.learning_rate) == (5_000, 64, 1e-4)
-    assert (settings.warmup, settings.weighting) == (0.1, "none")
+    assert (settings.warmup, settings.weighting, settings.optimizer) == (0.1, "none", "adam")
 
 
 @pytest.mark.parametrize(
@@ -236,6 +278,7 @@ def test_the_papers_settings_are_the_defaults() -> None:
         {"warmup": 1.5},
         {"warmup": math.nan},
         {"weighting": "snr"},
+        {"optimizer": "sgd"},
         {"max_grad_norm": 0.0},
         {"max_grad_norm": math.nan},
     ],
@@ -342,10 +385,6 @@ def test_endpoint_weighting_measures_the_influence_once_and_keeps_it(dit_base: D
         again = list(train(dit_base, some_adapters(dit_base), TrajectoryStore(store.folder), settings))
     assert second.samples == 2 * 16 < first.samples
     assert [state.loss for state in states] == [state.loss for state in again]
-    order, weights = InfluenceOrder(store, influence_of(dit_base, store)), timestep_weights(store)
-    for step, state in enumerate(states):
-        assert torch.equal(state.timestep, store.column("timestep")[order.batch_indices(16, step, settings.seed)])
-        assert math.isclose(state.loss, float((weights[state.timestep] * state.squared_error).mean()), rel_tol=1e-5)
 
 
 def test_a_run_does_not_go_on_with_another_influence(dit_base: DiTBase, tmp_path: Path) -> None:
@@ -394,6 +433,26 @@ def test_a_resumed_run_is_the_uninterrupted_run_to_the_bit(
     assert checkpoint(tmp_path, 9) == checkpoint(folder, 9)
     final = load_file(tmp_path / "step-0000009" / "adapters.safetensors")
     assert all(torch.equal(value, final[name]) for name, value in adapters.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["offset", "modulated"])
+def test_a_resumed_run_with_muon_is_the_uninterrupted_run_to_the_bit(
+    dit_folder: Path, store: TrajectoryStore, tmp_path: Path, kind: str
+) -> None:
+    settings = replace(QUICK, optimizer="muon")
+    whole, parts, options = tmp_path / "whole", tmp_path / "parts", {"kind": kind}
+    _, states = run(dit_folder, store, settings, checkpoints=whole, checkpoint_every=4, adapters=options)
+    run(dit_folder, store, settings, steps=6, checkpoints=parts, checkpoint_every=4, adapters=options)
+    _, resumed = run(
+        dit_folder, store, settings, checkpoints=parts, checkpoint_every=4, adapters=options | {"seed": 99}
+    )
+    assert [state.loss for state in resumed] == [state.loss for state in states[4:]]
+    assert checkpoint(parts, 9) == checkpoint(whole, 9)
+    moments = load_file(whole / "step-0000009" / "optimizer.safetensors")
+    weights = dict(some_adapters(load_base(dit_folder), **options).named_parameters())  # type: ignore[arg-type]
+    for key, dimensions in (("momentum_buffer", {2}), ("exp_avg", {0, 1, 3})):
+        kept = {name.removeprefix(f"{key}.") for name in moments if name.startswith(f"{key}.")}
+        assert kept == {name for name, weight in weights.items() if weight.ndim in dimensions}
 
 
 def test_checkpoints_do_not_change_training(dit_folder: Path, store: TrajectoryStore, uninterrupted: Any) -> None:
@@ -471,6 +530,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(
         ({"learning_rate": 1e-3}, {}, "settings.learning_rate"),
         ({"warmup": 0.2}, {}, "settings.warmup"),
         ({"weighting": "timestep"}, {}, "settings.weighting"),
+        ({"optimizer": "muon"}, {}, "settings.optimizer"),
         ({"seed": 4}, {}, "settings.seed"),
         ({}, {"kind": "modulated"}, "adapters.kind"),
         ({}, {"hidden_size": 16}, "adapters.hidden_size"),
