@@ -28,7 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from .adapters import AdapterInputs
 from .errors import BaseModelError
-from .project import DATA
+from .project import DATA, ROOT
 from .storage import PICKLE_SUFFIXES
 
 Condition: TypeAlias = dict[str, Tensor]
@@ -699,8 +699,9 @@ def load_base(
     """Load a base model.
 
     Args:
-        name: a short name of :data:`KNOWN_BASES`, a folder that a diffusers pipeline was saved to, a hub id, or a single
-            ``.safetensors`` file in the form of Stable Diffusion's own code.
+        name: a short name of :data:`KNOWN_BASES`, a folder that a diffusers pipeline was saved to (from the working
+            directory, or from the repository), a hub id, or a single ``.safetensors`` file in the form of Stable
+            Diffusion's own code.
         device: where to put it. dtype: of its weights; targets are best collected in float32.
         revision: hub revision; by default the pinned one for a short name, else the repository's main one.
         config: for a single file, which has weights only: a pipeline (short name, folder or hub id) of the same
@@ -734,19 +735,19 @@ def load_base(
 
 
 def _load_folder_or_hub_id(source: str, dtype: torch.dtype, revision: str | None) -> Any:
-    is_folder = source != "" and Path(source).is_dir()
-    if not is_folder and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
+    folder = next((path for path in (Path(source), ROOT / source) if source and path.is_dir()), None)
+    if folder is None and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
         raise BaseModelError(
             f"got base model {source!r}: no such folder, and not a hub id (owner/name). "
             f"Known short names: {', '.join(KNOWN_BASES)}"
         )
-    if is_folder and not (Path(source) / "model_index.json").is_file():
+    if folder is not None and not (folder / "model_index.json").is_file():
         raise BaseModelError(
             f"{source} holds no model_index.json: expected a folder that a diffusers pipeline was saved to"
         )
     try:
         with _quiet_diffusers():
-            return DiffusionPipeline.from_pretrained(source, revision=revision, dtype=dtype, use_safetensors=True)
+            return DiffusionPipeline.from_pretrained(folder or source, revision=revision, dtype=dtype, use_safetensors=True)
     except Exception as error:  # diffusers and the hub raise many kinds
         raise BaseModelError(
             f"could not load the base model {source!r}"

@@ -85,7 +85,11 @@ class ShapesFeatures:
 
 
 class InceptionFeatures:
-    """clean-fid's Inception-v3 with its ``clean`` resize: the features of the FID. Weights are fetched at first use."""
+    """clean-fid's Inception-v3 with its ``clean`` resize: the features of the FID. Weights are fetched at first use.
+
+    Raises:
+        EvaluationError: if they cannot be fetched.
+    """
 
     name = "inception-v3-clean"
     feature_dim = 2048
@@ -95,7 +99,13 @@ class InceptionFeatures:
         from cleanfid.resize import build_resizer
 
         self.device = torch.device(device)
-        self.model = build_feature_extractor("clean", self.device, use_dataparallel=False)
+        try:
+            self.model = build_feature_extractor("clean", self.device, use_dataparallel=False)
+        except OSError as error:
+            raise EvaluationError(
+                f"could not fetch Inception's weights, which the FID is measured with: {error}. clean-fid fetches them from "
+                "the network at the first use"
+            ) from error
         self.resize = build_resizer("clean")
 
     @torch.no_grad()

@@ -13,7 +13,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DMode
 from safetensors.torch import load_file, save_file
 from small_models import CLASS_NAMES, build_dit_pipeline, write_dit_folder
 
-from agd_lib import CFG, Unguided, base_from_pipeline, load_base, sample
+from agd_lib import CFG, Unguided, base_from_pipeline, base_models, load_base, sample
 from agd_lib.base_models import KNOWN_BASES, DiTBase, count_flops, count_forwards
 from agd_lib.errors import AGDError, BaseModelError
 
@@ -49,6 +49,19 @@ def test_known_names_are_pinned_where_the_default_would_be_pickled() -> None:
 def test_unknown_names_are_refused_without_a_network(name: str) -> None:
     with pytest.raises(BaseModelError, match=r"no such folder, and not a hub id .*Known short names: tiny-dit, dit-xl"):
         load_base(name)
+
+
+def test_a_relative_folder_is_found_from_the_repository_too(
+    dit_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Notebooks run in notebooks/, and whoever types the name stands in the repository."""
+    shutil.copytree(dit_folder, tmp_path / "models" / "my-dit")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(BaseModelError):
+        load_base("models/my-dit")
+    monkeypatch.setattr(base_models, "ROOT", tmp_path)
+    assert load_base("models/my-dit").fingerprint() == load_base(dit_folder).fingerprint()
 
 
 def test_a_folder_without_a_pipeline_is_refused(tmp_path: Path) -> None:

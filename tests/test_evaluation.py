@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import cleanfid.features
 import cleanfid.fid
@@ -489,6 +490,15 @@ def write_images(folder: Path, count: int, seed: int) -> Path:
         pixels[:, : 4 + number % 13] //= 1 + seed
         Image.fromarray(pixels).save(folder / f"{number:03d}.png")
     return folder
+
+
+def test_inception_without_the_network_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*args: Any, **options: Any) -> None:
+        raise URLError("no route to host")
+
+    monkeypatch.setattr("cleanfid.features.build_feature_extractor", unreachable)
+    with pytest.raises(EvaluationError, match=r"could not fetch Inception's weights, .*no route to host"):
+        InceptionFeatures("cpu")
 
 
 def test_images_reach_inception_as_clean_fid_itself_gives_them(pooled: InceptionFeatures, tmp_path: Path) -> None:
