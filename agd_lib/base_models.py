@@ -747,7 +747,9 @@ def _load_folder_or_hub_id(source: str, dtype: torch.dtype, revision: str | None
         )
     try:
         with _quiet_diffusers():
-            return DiffusionPipeline.from_pretrained(folder or source, revision=revision, dtype=dtype, use_safetensors=True)
+            return DiffusionPipeline.from_pretrained(
+                folder or source, revision=revision, dtype=dtype, use_safetensors=True
+            )
     except Exception as error:  # diffusers and the hub raise many kinds
         raise BaseModelError(
             f"could not load the base model {source!r}"

@@ -7,8 +7,10 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
 from agd_lib import AdapterSet
+from agd_lib.adapters import ADAPTERS
 from agd_lib.base_models import DiTBase, count_flops
 from agd_lib.memory import GIB, MemorySettings, training_memory
+from agd_lib.reproduce import load_profile
 
 BLOCKS, WIDTH = 28, 1152
 CONFIG = {
@@ -84,12 +86,18 @@ def test_the_papers_adapters(xl: DiTBase, kind: str, inputs: bool, parameters: i
     adapters.remove()
 
 
-def test_every_kind_stays_within_the_papers_share(xl: DiTBase) -> None:
-    """1 to 5 % of the base model, at a width that each kind would be given."""
-    for kind, hidden_size in (("offset", 192), ("cross-attention", 160), ("modulated", 192)):
+def test_the_profiles_adapters_stay_within_the_papers_share_and_fit_its_card(xl: DiTBase) -> None:
+    """1 to 5 % of the base model, and a training step in 24 GB, with the widths and settings that the notebook is given."""
+    given = load_profile("paper", "dit-xl-2-256").parameters_for("03_train_dit_adapters")
+    assert given["hidden_sizes"].keys() == ADAPTERS.keys()
+    for kind, hidden_size in given["hidden_sizes"].items():
         with torch.device("meta"):
-            adapters = AdapterSet.create(xl, kind, hidden_size=hidden_size)
+            adapters = AdapterSet.create(
+                xl, kind, hidden_size=hidden_size, noise_ranges=2 if kind == "modulated" else 1
+            )
         assert 0.01 < adapters.num_parameters() / xl.num_parameters() < 0.05, kind
+        settings = MemorySettings(gradient_checkpointing=given["gradient_checkpointing"])
+        assert training_memory(xl, adapters, given["training_batch_size"], settings).memory.fits(24), kind
 
 
 def test_the_papers_batch_trains_in_four_gib(xl: DiTBase) -> None:

@@ -14,9 +14,10 @@ import nbformat
 import pytest
 
 from agd_lib.attach import AdapterSet
+from agd_lib.base_models import load_base
 from agd_lib.project import ROOT
 from agd_lib.report import write_report
-from agd_lib.reproduce import NOTEBOOKS, lane_of, load_profile, main, merge_results, reproduce
+from agd_lib.reproduce import NOTEBOOKS, Profile, lane_of, load_profile, main, merge_results, reproduce
 from agd_lib.results import markdown_table
 from agd_lib.trajectories import TrajectoryStore
 
@@ -187,3 +188,30 @@ def test_the_command_line_goes_on_from_there_and_ends_with_the_table(
     assert markdown_table(merge_results(root)) in said
     for name in ("results.json", "report.html"):
         assert (root / name).is_file() and name in said
+
+
+OWN = {
+    "num_inference_steps": 4,
+    "trajectories_per_condition": 8,
+    "num_paths": 100,
+    "scales": [1.0, 2.0, 4.0],
+    "images_per_class": 2,
+    "real_images": "",
+    "num_training_steps": 4,
+    "training_batch_size": 8,
+    "checkpoint_every": 2,
+    "num_endpoint_samples": 8,
+    "hidden_sizes": {"offset": 4, "cross-attention": 4, "modulated": 4},
+    "adapter_kinds": "offset",
+    "adapter_kind": "offset",
+}
+
+
+def test_a_pipeline_of_ones_own_goes_through_the_same_notebooks(dit_folder: Path, tmp_path: Path) -> None:
+    """Five classes, no shipped adapters, reference or features: sections that need those say so, and the rest runs."""
+    lane = [notebook for notebook in lane_of(BASE) if notebook.name[:2] in ("00", "01", "02", "03")]
+    profile = Profile("own", str(dit_folder), OWN, minutes=1, disk_mib=1, memory_mib=1)
+    outcomes = reproduce(profile, lane, tmp_path)
+    assert [outcome.ran for outcome in outcomes] == [True] * 4
+    (made,) = tmp_path.glob("*/adapters/offset")
+    assert AdapterSet.from_pretrained(made).config.base_fingerprint == load_base(dit_folder).fingerprint()
