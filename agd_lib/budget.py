@@ -66,7 +66,9 @@ def collection_cost(base: BaseModel, plan: CollectionPlan, batch_size: int = 128
     return Cost(forwards * seconds_per_forward(base, batch_size), predicted_size(base, plan))
 
 
-def training_cost(base: BaseModel, adapters: AdapterSet, settings: TrainingSettings) -> Cost:
+def training_cost(
+    base: BaseModel, adapters: AdapterSet, settings: TrainingSettings, gradient_checkpointing: bool = False
+) -> Cost:
     """Cost of Algorithm 2, from two forward and backward passes measured now.
 
     The adapters' weights are left as they were; like :func:`~agd_lib.training.train`, this attaches them to ``base``.
@@ -75,7 +77,7 @@ def training_cost(base: BaseModel, adapters: AdapterSet, settings: TrainingSetti
     latents = torch.randn(batch_size, *base.latent_shape, device=base.device)
     timestep = torch.zeros(batch_size, dtype=torch.int64, device=base.device)
     scale = torch.ones(batch_size, device=base.device)
-    student = Student(base, adapters)
+    student = Student(base, adapters, gradient_checkpointing)
     for _ in range(2):
         start = time.perf_counter()
         student(latents, timestep, base.null_condition(batch_size), scale).square().mean().backward()
