@@ -9,7 +9,7 @@ STAMP := $(VENV)/installed
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup reproduce test lint unit notebook-tests lab bench notebooks clean
+.PHONY: help setup reproduce test lint unit notebook-tests lab bench notebooks lock clean
 
 help:
 	@echo 'make setup                                    the environment, in $(VENV)'
@@ -19,12 +19,13 @@ help:
 	@echo 'make test                                     everything that CI runs'
 	@echo 'make bench                                    seconds per image, AGD against CFG'
 	@echo 'make notebooks                                the committed notebooks again, outputs renewed'
+	@echo 'make lock                                     requirements.lock again, from the versions in pyproject.toml (needs uv)'
 	@echo 'make clean                                    remove caches and runs/default, runs/smoke (never runs/cpu or runs/paper)'
 
 setup: $(STAMP)
 
 # Touched only when the whole installation has succeeded: an interrupted one starts again, a whole one costs nothing.
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml requirements.lock
 	@test -x $(BIN)/python || test -n '$(PYTHON)' || { \
 		echo 'Needs Python 3.11, 3.12 or 3.13 and found none. Install python3.11 with venv' >&2; \
 		echo '(Debian, Ubuntu: apt install python3.11-venv), or use conda: see README.md, Installation without make.' >&2; exit 1; }
@@ -32,7 +33,8 @@ $(STAMP): pyproject.toml
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) || { \
 		echo 'This Python has no venv. Debian, Ubuntu: apt install python3.11-venv; or use conda: see README.md.' >&2; \
 		rm -rf $(VENV); exit 1; }
-	$(BIN)/python -m pip install --disable-pip-version-check -e '.[dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check --require-hashes -r requirements.lock
+	$(BIN)/python -m pip install --disable-pip-version-check --no-build-isolation --no-deps -e .
 	@touch $(STAMP)
 
 reproduce: setup
@@ -63,6 +65,10 @@ bench: setup
 notebooks: setup
 	$(BIN)/python -m agd_lib.reproduce --in-place
 	$(BIN)/ruff format notebooks
+
+# Every package that is installed, with the hashes of its files: what pip fetches must be what was tested.
+lock:
+	uv pip compile pyproject.toml --extra dev --generate-hashes --universal --python-version 3.11 --custom-compile-command 'make lock' -o requirements.lock -q
 
 clean:
 	rm -rf runs/default runs/smoke runs/in-place .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis build

@@ -28,7 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from .adapters import AdapterInputs
 from .errors import BaseModelError
-from .project import DATA, ROOT
+from .project import DATA, find_folder
 from .storage import PICKLE_SUFFIXES
 
 Condition: TypeAlias = dict[str, Tensor]
@@ -735,7 +735,7 @@ def load_base(
 
 
 def _load_folder_or_hub_id(source: str, dtype: torch.dtype, revision: str | None) -> Any:
-    folder = next((path for path in (Path(source), ROOT / source) if source and path.is_dir()), None)
+    folder = find_folder(source)
     if folder is None and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
         raise BaseModelError(
             f"got base model {source!r}: no such folder, and not a hub id (owner/name). "

@@ -69,7 +69,7 @@ def collection_cost(base: BaseModel, plan: CollectionPlan, batch_size: int = 128
 def training_cost(
     base: BaseModel, adapters: AdapterSet, settings: TrainingSettings, gradient_checkpointing: bool = False
 ) -> Cost:
-    """Cost of Algorithm 2, from two forward and backward passes measured now.
+    """Cost of Algorithm 2, from two forward and backward passes measured now, without the optimiser's share.
 
     The adapters' weights are left as they were; like :func:`~agd_lib.training.train`, this attaches them to ``base``.
     """

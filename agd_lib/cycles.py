@@ -26,6 +26,11 @@ SETTINGS = "training.json"
 """In every folder that a training wrote: what it was trained with."""
 
 
+def has_fast_bfloat16() -> bool:
+    """Whether this processor has instructions for bfloat16; one without them computes in it a hundred times as slowly."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
 def next_batch(order: Tensor, count: int, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """``(batch, order)``: the next indices (batch_size,) of shuffled epochs, and what is left of them after it.
 

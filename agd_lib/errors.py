@@ -23,3 +23,7 @@ class CheckpointError(AGDError):
 
 class WriteError(AGDError):
     """A file could not be written (disk full, no permission); nothing half-written is left behind."""
+
+
+class FolderInUseError(AGDError):
+    """Another process is writing to the same folder."""

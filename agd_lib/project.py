@@ -34,3 +34,8 @@ def display_path(path: str | Path) -> str:
     if path.is_relative_to(RUNS):
         return (Path("runs") / path.relative_to(RUNS)).as_posix()
     return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.as_posix()
+
+
+def find_folder(name: str | Path) -> Path | None:
+    """A folder that is named from the working directory, else from the repository; None if there is none."""
+    return next((path for path in (Path(name), ROOT / name) if str(name) and path.is_dir()), None)

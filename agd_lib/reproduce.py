@@ -53,10 +53,10 @@ from PIL import Image
 from .base_models import KNOWN_BASES
 from .budget import environment_report, format_seconds
 from .errors import AGDError
-from .project import DATA, ROOT, display_path, repository_path
+from .project import DATA, ROOT, display_path, find_folder, repository_path
 from .report import write_report
 from .results import Row, markdown_table, read_results, write_results
-from .storage import sha256, write_json, writing
+from .storage import lock_folder, sha256, write_json, writing
 
 NOTEBOOKS = ROOT / "notebooks"
 NOTE = "agd_lib"
@@ -479,6 +479,7 @@ def reproduce(
         ReproduceError: if a notebook is missing, the profile sets what none declares or names files that are not there,
             or the disk is not enough.
         NotebookFailure: if a notebook stops with an error. What is finished stays finished.
+        FolderInUseError: if another process runs notebooks into this folder.
     """
     run = root / folder_name(profile.base)
     chosen = _with_needed(lane, only)
@@ -486,7 +487,9 @@ def reproduce(
     _check_names(profile, declared)
     _check_files(profile)
     _announce(profile, run, len(chosen))
-    base = str(Path(profile.base).resolve()) if Path(profile.base).is_dir() else profile.base
+    _lock = lock_folder(run)  # held until this function ends
+    folder = find_folder(profile.base)
+    base = str(folder.resolve()) if folder else profile.base
     given = {"base_name": base, "run_dir": display_path(run)}
     inputs: dict[str, dict[str, str]] = {}
     outcomes: list[Outcome] = []

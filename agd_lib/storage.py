@@ -11,13 +11,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import AcquireReturnProxy, FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .errors import AGDError, WriteError
+from .errors import AGDError, FolderInUseError, WriteError
 
 PICKLE_SUFFIXES = {".pt", ".pth", ".pkl", ".ckpt", ".bin", ".pickle"}
+
+MAX_JSON_BYTES = 2**26
+"""Larger JSON files are refused unread: a store of a million trajectories has a manifest of a few megabytes."""
 
 
 def _sync(path: Path) -> None:
@@ -86,6 +90,28 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def lock_folder(folder: Path) -> AcquireReturnProxy:
+    """Keep other processes from writing to ``folder``, which need not exist yet, while what is returned is alive.
+
+    As a context manager it lets go at the block's end. The lock is the operating system's: it ends with the process that
+    holds it, however that ends, so a lock file (``.<folder>.lock``, beside the folder) that was left behind is no obstacle.
+    A process may hold it more than once: an interrupted notebook cell can be run again.
+
+    Raises:
+        FolderInUseError: if another process holds it. WriteError: if the lock file cannot be written.
+    """
+    folder = folder.absolute()
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        return FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0, is_singleton=True).acquire()
+    except Timeout as error:
+        raise FolderInUseError(
+            f"another process is writing to {folder}: wait until it has finished, or choose another folder"
+        ) from error
+    except OSError as error:
+        raise WriteError(f"could not write to {folder.parent}: {error}; choose another folder") from error
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON, whole or not at all. NaN and infinity are refused (they are not JSON)."""
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
@@ -101,6 +127,10 @@ def read_json(path: Path, error: type[AGDError], what: str) -> dict[str, Any]:
     """
     if not path.is_file():
         raise error(f"no {what} at {path}: the file does not exist")
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise error(
+            f"the {what} {path} has {path.stat().st_size:,} bytes, expected at most {MAX_JSON_BYTES:,}: it is not ours"
+        )
     try:
         value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as cause:  # not UTF-8, not JSON, numbers or nesting beyond Python's limits

@@ -32,6 +32,7 @@ from tqdm.auto import tqdm
 
 from .attach import AdapterSet, default_card
 from .base_models import load_base
+from .cycles import has_fast_bfloat16
 from .errors import AGDError
 from .evaluation import Evaluation, default_extractor, evaluate, load_reference
 from .guidance import AGD, CFG, Guidance, Unguided
@@ -107,10 +108,10 @@ def train_unit(base_name: str, run: Path, kind: str, seed: int) -> None:
         base, kind, recipe.hidden_size, guidance_range, noise_ranges=recipe.noise_ranges, seed=seed
     )
     settings = replace(recipe.settings, seed=seed)
-    # Compiled and in bfloat16 a step takes half the time, on a processor that has matrix units for it; the backward pass
+    # Compiled and in bfloat16 a step takes half the time, on a processor that has instructions for it; the backward pass
     # of the fused attention has none there and would eat it all up, hence the plain one.
     base.denoiser.compile(dynamic=False)
-    accelerator = Accelerator(cpu=base.device.type == "cpu", mixed_precision="bf16")
+    accelerator = Accelerator(cpu=base.device.type == "cpu", mixed_precision="bf16" if has_fast_bfloat16() else "no")
     with sdpa_kernel(SDPBackend.MATH):
         checkpoints = run / "checkpoints" / f"{kind}-seed{seed}"
         states = train(base, adapters, store, settings, checkpoints, accelerator=accelerator)

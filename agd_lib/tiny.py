@@ -22,7 +22,16 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
-from .cycles import Checkpoint, batches, check_settings, forget_paths, one_cycle, save_model, train_cycle
+from .cycles import (
+    Checkpoint,
+    batches,
+    check_settings,
+    forget_paths,
+    has_fast_bfloat16,
+    one_cycle,
+    save_model,
+    train_cycle,
+)
 from .evaluation import ShapesFeatures, save_reference
 from .extractor import ShapesExtractor
 from .project import ROOT
@@ -116,23 +125,30 @@ def new_vae() -> AutoencoderKL:
 
 
 def train_vae(
-    images: Tensor, steps: int, batch_size: int = 48, seed: int = 0, kl_weight: float = 1e-4
+    images: Tensor,
+    steps: int,
+    batch_size: int = 48,
+    seed: int = 0,
+    kl_weight: float = 1e-4,
+    start: AutoencoderKL | None = None,
+    learning_rate: float = 2e-3,
 ) -> AutoencoderKL:
     """Train the autoencoder: squared error plus a light Kullback-Leibler term; the latents' scale is then measured.
 
     Args:
         images: (N, 3, 32, 32) uint8.
         kl_weight: weight of the KL divergence per latent value against the squared error per pixel value.
+        start: an autoencoder to go on from; is changed. By default a new one. learning_rate: peak.
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    vae = new_vae().train().to(memory_format=torch.channels_last)
+    vae = (new_vae() if start is None else start).train().to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), weight_decay=0.0)
-    schedule = one_cycle(optimizer, 2e-3, steps)
+    schedule = one_cycle(optimizer, learning_rate, steps)
     progress = tqdm(batches(len(images), batch_size, steps, generator), total=steps, desc="autoencoder", mininterval=10)
     for batch in progress:
         x = _to_float(images[batch]).to(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=has_fast_bfloat16()):
             posterior = vae.encode(x).latent_dist
             reconstruction = vae.decode(posterior.sample(generator)).sample
         mse = F.mse_loss(reconstruction.float(), x)
@@ -241,7 +257,7 @@ def train_dit(
         num_layers: blocks of the denoiser.
         start: go on from the result of an earlier cycle, of as many blocks or fewer (:func:`grown`); None for a new model.
         checkpoint: with one there, training goes on from it exactly.
-        compiled: compile, and compute in bfloat16: twice as fast where the processor has instructions for it.
+        compiled: compile, and compute in bfloat16 where the processor has instructions for it: twice as fast.
 
     Raises:
         CheckpointError: if the checkpoint is damaged or of other settings. WriteError: if it cannot be written.
@@ -252,7 +268,7 @@ def train_dit(
         block.norm1.emb.eval()  # diffusers would drop labels here, independently in every block
     null_label = dit.config.num_embeds_ada_norm
     forward: Any = torch.compile(dit, dynamic=False) if compiled else dit
-    fast = torch.autocast("cpu", torch.bfloat16, enabled=compiled)
+    fast = torch.autocast("cpu", torch.bfloat16, enabled=compiled and has_fast_bfloat16())
 
     def predict(noisy: Tensor, timesteps: Tensor, indices: Tensor, dropped: Tensor) -> Tensor:
         with fast:

@@ -31,7 +31,7 @@ from .errors import CheckpointError, StoreError
 from .guidance import Scale
 from .influence import influence_of
 from .sampling import sample_seed
-from .storage import read_json, read_tensors, sha256, write_json, write_tensors, writing
+from .storage import lock_folder, read_json, read_tensors, sha256, write_json, write_tensors, writing
 from .trajectories import TrajectoryStore
 
 
@@ -47,7 +47,7 @@ class TrainingSettings:
             state's error by its noise level (see :func:`timestep_weights`); ``"endpoint"`` also by its guidance scale
             (see :func:`scale_weights`), and draws half of the states from every noise level as often as guidance there
             moves the final image (see :class:`InfluenceOrder`).
-        optimizer: ``"adam"`` (the paper), or ``"muon"``, which makes more of every step: see :func:`optimizers`.
+        optimizer: ``"adam"`` (the paper), or ``"muon"``, an extension: see :func:`optimizers`.
         max_grad_norm: a longer gradient is scaled down to this norm, which lets a higher learning rate be stable; None
             (the paper) leaves it as it is.
         seed: of the order in which states are drawn.
@@ -271,7 +271,8 @@ def train(
         ValueError: if the batch cannot be shared out evenly among the processes.
         StoreError: if the store is incomplete, of another base model, or its guidance range or its number of guided
             channels is not the adapters'.
-        CheckpointError: if a checkpoint is damaged or of other settings, or the loss becomes NaN or infinite.
+        CheckpointError: if a checkpoint is damaged or of other settings, or the loss or a weight becomes NaN or infinite.
+        FolderInUseError: if another process keeps its checkpoints in this folder.
         WriteError: if a checkpoint cannot be written.
     """
     settings = settings or TrainingSettings()
@@ -306,6 +307,7 @@ def train(
     )
     weights = state_weights(store, settings.weighting)
     base.denoiser.eval()
+    _lock = lock_folder(folder) if folder and accelerator.is_main_process else None  # held until the generator ends
     start = _resume(folder, adapters, parts, identity) if folder else 0
     for step in range(start, settings.num_steps):
         if order is None:
@@ -318,9 +320,10 @@ def train(
         squared_error = (prediction - batch.target).square().flatten(1).mean(dim=1)  # (B,)
         loss = (weights[share].to(base.device) * squared_error).mean()
         if not bool(torch.isfinite(loss)):
+            bad = share[~torch.isfinite(squared_error.detach()).cpu()].tolist()
             raise CheckpointError(
-                f"the loss at step {step + 1} is {loss.item()} (states {share[:8].tolist()} ...). "
-                f"Last good checkpoint: {_latest(folder) if folder else 'none was kept'}; try a lower learning rate"
+                f"the loss at step {step + 1} is {loss.item()} (the store's states {bad[:8]}). {_last_good(folder)}; try a "
+                "lower learning rate"
             )
         learning_rate = settings.learning_rate_at(step)
         for group in itertools.chain(*(optimizer.param_groups for optimizer in parts)):
@@ -333,6 +336,11 @@ def train(
             optimizer.zero_grad()  # now, not before the next backward: its forward pass needs the memory
         done = step + 1
         if folder and accelerator.is_main_process and (done % checkpoint_every == 0 or done == settings.num_steps):
+            if not all(bool(torch.isfinite(weight).all()) for weight in adapters.parameters()):
+                raise CheckpointError(
+                    f"after step {done} the adapters hold NaN or infinity, and are not kept. {_last_good(folder)}; try a "
+                    "lower learning rate, or max_grad_norm"
+                )
             _save(folder, done, adapters, parts, identity)
         yield TrainingState(done, loss.item(), learning_rate, batch.timestep, squared_error.detach())
 
@@ -425,6 +433,10 @@ def _all(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if re.fullmatch(r"step-\d{7}", path.name))
+
+
+def _last_good(folder: Path | None) -> str:
+    return f"Last good checkpoint: {(_latest(folder) if folder else None) or 'none was kept'}"
 
 
 def _latest(folder: Path) -> Path | None:

@@ -2,7 +2,7 @@
 
 A store is a folder::
 
-    manifest.json            format version, base model, scheduler, guidance range, steps, seed, shards with checksums
+    manifest.json            format version, base model, scheduler, guidance range, steps, seed, shards with checksums, its own
     conditions.safetensors   every distinct condition once
     shard-00000.safetensors  latents, target, timestep, guidance_scale, condition, signal: one row per recorded state
 
@@ -13,6 +13,8 @@ depend on the batch size, nor on what was collected before an interruption.
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -28,9 +30,9 @@ from .base_models import BaseModel, Condition
 from .errors import StoreError
 from .guidance import CFG
 from .sampling import initial_latents, noise_generators, sample, sample_seed
-from .storage import read_json, read_tensors, sha256, write_json, write_tensors
+from .storage import lock_folder, read_json, read_tensors, sha256, write_json, write_tensors
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 CONDITIONS = "conditions.safetensors"
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -190,6 +192,7 @@ def collect(
     Raises:
         StoreError: if the folder holds a store with another plan or of another base model, or damaged shards; if a
             prediction is NaN or infinite, also after rounding to the plan's dtype.
+        FolderInUseError: if another process collects into this folder.
         WriteError: if the disk is full.
         ValueError: for an unknown condition, more guided channels than the latents have, a number of steps that the
             scheduler cannot make, or a scheduler whose timesteps are not whole numbers.
@@ -197,38 +200,74 @@ def collect(
     folder = Path(folder)
     _check_plan(base, plan)
     header = _header(base, plan)
-    if (folder / MANIFEST).exists():
-        manifest = read_manifest(folder)
-        different = [key for key in header if key != "base_name" and manifest.get(key) != header[key]]
-        if different:
-            raise StoreError(
-                f"{folder} holds a store that differs in {', '.join(different)}: "
-                + "; ".join(f"{key} is {manifest.get(key)!r} there, {header[key]!r} here" for key in different[:2])
-                + ". Choose another folder, or remove that one"
-            )
-        TrajectoryStore(folder)  # damaged shards are found before any work is done
-    else:
-        manifest = {**header, "shards": []}
-        write_tensors(folder / CONDITIONS, base.encode(plan.conditions))
-        manifest["conditions_sha256"] = sha256(folder / CONDITIONS)
-        write_json(folder / MANIFEST, manifest)
-    for shard in range(len(manifest["shards"]), plan.num_shards):
-        first = shard * plan.trajectories_per_shard
-        indices = range(first, min(first + plan.trajectories_per_shard, plan.num_trajectories))
-        starts = range(0, len(indices), batch_size)
-        label = f"collect {shard + 1}/{plan.num_shards}"
-        batches = []
-        for start in tqdm(starts, desc=label, disable=not progress):
-            batch = collect_batch(base, plan, indices[start : start + batch_size])
-            batches.append(batch | {name: batch[name].to(_DTYPES[plan.dtype]) for name in ("latents", "target")})
-        rows = {name: torch.cat([batch.pop(name) for batch in batches]) for name in list(batches[0])}
-        _check_finite(rows, indices)
-        path = folder / f"shard-{shard:05d}.safetensors"
-        write_tensors(path, rows)
-        entry = {"file": path.name, "rows": len(rows["timestep"]), "bytes": path.stat().st_size, "sha256": sha256(path)}
-        manifest["shards"].append(entry)
-        write_json(folder / MANIFEST, manifest)  # lists the shard only now that it is whole
+    there = _store_of(folder, header)
+    if there is not None and there.complete:
+        return there
+    with lock_folder(folder):
+        manifest = _begin(base, plan, folder, header)
+        for shard in range(len(manifest["shards"]), plan.num_shards):
+            entry = _collect_shard(base, plan, folder, shard, batch_size, progress)
+            manifest["shards"].append(entry)
+            _write_manifest(folder, manifest)  # lists the shard only now that it is whole
     return TrajectoryStore(folder, check=False)
+
+
+def _store_of(folder: Path, header: dict[str, Any]) -> TrajectoryStore | None:
+    """The store in a folder, whole as far as it goes; None if there is none.
+
+    Raises:
+        StoreError: if it was collected in another way, or is damaged.
+    """
+    if not (folder / MANIFEST).exists():
+        return None
+    manifest = read_manifest(folder)
+    different = [key for key in header if key != "base_name" and manifest.get(key) != header[key]]
+    if different:
+        raise StoreError(
+            f"{folder} holds a store that differs in {', '.join(different)}: "
+            + "; ".join(f"{key} is {manifest.get(key)!r} there, {header[key]!r} here" for key in different[:2])
+            + ". Choose another folder, or remove that one"
+        )
+    return TrajectoryStore(folder)
+
+
+def _begin(base: BaseModel, plan: CollectionPlan, folder: Path, header: dict[str, Any]) -> dict[str, Any]:
+    """The manifest to go on from: of the store that is there, or of a new one without shards."""
+    there = _store_of(folder, header)  # looked at again, now that nobody else can change it
+    if there is not None:
+        return there.manifest
+    write_tensors(folder / CONDITIONS, base.encode(plan.conditions))
+    manifest = {**header, "shards": [], "conditions_sha256": sha256(folder / CONDITIONS)}
+    _write_manifest(folder, manifest)
+    return manifest
+
+
+def _collect_shard(
+    base: BaseModel, plan: CollectionPlan, folder: Path, shard: int, batch_size: int, progress: bool
+) -> dict[str, Any]:
+    """Collect and write one shard; returns its entry in the manifest."""
+    first = shard * plan.trajectories_per_shard
+    indices = range(first, min(first + plan.trajectories_per_shard, plan.num_trajectories))
+    starts = range(0, len(indices), batch_size)
+    batches = []
+    for start in tqdm(starts, desc=f"collect {shard + 1}/{plan.num_shards}", disable=not progress):
+        batch = collect_batch(base, plan, indices[start : start + batch_size])
+        batches.append(batch | {name: batch[name].to(_DTYPES[plan.dtype]) for name in ("latents", "target")})
+    rows = {name: torch.cat([batch.pop(name) for batch in batches]) for name in list(batches[0])}
+    _check_finite(rows, indices)
+    path = folder / f"shard-{shard:05d}.safetensors"
+    write_tensors(path, rows)
+    return {"file": path.name, "rows": len(rows["timestep"]), "bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    write_json(folder / MANIFEST, manifest | {"manifest_sha256": _manifest_checksum(manifest)})
+
+
+def _manifest_checksum(manifest: dict[str, Any]) -> str:
+    """Of everything that the manifest says, in whatever order and layout."""
+    said = {key: value for key, value in manifest.items() if key != "manifest_sha256"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def _check_finite(rows: dict[str, Tensor], indices: Sequence[int]) -> None:
@@ -328,7 +367,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Read and check a store's manifest.
 
     Raises:
-        StoreError: if it is missing, malformed, of another format version, or names files outside its folder.
+        StoreError: if it is missing, malformed, edited, of another format version, or names files outside its folder.
     """
     manifest = read_json(folder / MANIFEST, StoreError, "store manifest")
     if manifest.get("format_version") != FORMAT_VERSION:
@@ -350,6 +389,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         )
         if not whole:
             raise StoreError(f"the manifest in {folder} has a malformed entry for shard {number}: {shard!r}")
+    if manifest.get("manifest_sha256") != _manifest_checksum(manifest):
+        raise StoreError(
+            f"the manifest in {folder} is not what was written (its checksum differs): it was edited; collect again"
+        )
     return manifest
 
 
@@ -394,12 +437,18 @@ class TrajectoryStore:
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
         if check:
-            self._verify()
+            self.verify()
         self.conditions: Condition = read_tensors(self.folder / CONDITIONS, StoreError, "store's conditions")
         self._shards = [self._open(shard) for shard in self.manifest["shards"]]
         self._starts = torch.tensor([0, *(len(shard["timestep"]) for shard in self._shards)]).cumsum(0)
+        self._check_indices()
 
-    def _verify(self) -> None:
+    def verify(self) -> None:
+        """Read every file and compare it with the checksum that the manifest has of it.
+
+        Raises:
+            StoreError: if a file is missing, truncated or edited, or is a link; the message names it.
+        """
         files = {CONDITIONS: self.manifest.get("conditions_sha256")}
         files |= {shard["file"]: shard["sha256"] for shard in self.manifest["shards"]}
         for name, checksum in files.items():
@@ -423,6 +472,17 @@ class TrajectoryStore:
         if found != expected:
             raise StoreError(f"{path} holds the tensors {found}, the manifest asks for {expected}")
         return tensors
+
+    def _check_indices(self) -> None:
+        """Timesteps and conditions must be there to be looked up."""
+        counts = {len(value) for value in self.conditions.values()}
+        limits = {"timestep": self.manifest["num_train_timesteps"], "condition": min(counts, default=0)}
+        for shard, entry in zip(self._shards, self.manifest["shards"]):
+            for name, limit in limits.items():
+                if len(shard[name]) and not 0 <= int(shard[name].min()) <= int(shard[name].max()) < limit:
+                    raise StoreError(
+                        f"{self.folder / entry['file']} holds a {name} that is not in 0 to {limit - 1}: collect again"
+                    )
 
     @property
     def complete(self) -> bool:

@@ -13,7 +13,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DMode
 from safetensors.torch import load_file, save_file
 from small_models import CLASS_NAMES, build_dit_pipeline, write_dit_folder
 
-from agd_lib import CFG, Unguided, base_from_pipeline, base_models, load_base, sample
+from agd_lib import CFG, Unguided, base_from_pipeline, load_base, project, sample
 from agd_lib.base_models import KNOWN_BASES, DiTBase, count_flops, count_forwards
 from agd_lib.errors import AGDError, BaseModelError
 
@@ -60,7 +60,7 @@ def test_a_relative_folder_is_found_from_the_repository_too(
     monkeypatch.chdir(tmp_path / "elsewhere")
     with pytest.raises(BaseModelError):
         load_base("models/my-dit")
-    monkeypatch.setattr(base_models, "ROOT", tmp_path)
+    monkeypatch.setattr(project, "ROOT", tmp_path)
     assert load_base("models/my-dit").fingerprint() == load_base(dit_folder).fingerprint()
 
 

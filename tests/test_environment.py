@@ -32,6 +32,17 @@ def test_every_version_is_pinned(project: dict[str, Any]) -> None:
         assert re.fullmatch(r"[\w-]+==[\w.]+", requirement), requirement
 
 
+def test_the_lock_file_has_those_versions_with_hashes(project: dict[str, Any]) -> None:
+    lock = (ROOT / "requirements.lock").read_text(encoding="utf-8")
+    entries = re.findall(
+        r"^([\w.-]+)==([\w.+-]+)([^\n]*)\n((?: +--hash=sha256:[0-9a-f]{64}[^\n]*\n)+)", lock, re.MULTILINE
+    )
+    assert len(entries) == len(re.findall(r"^[\w.-]+(?:==| @)", lock, re.MULTILINE))
+    locked = {(name, version) for name, version, marker, _ in entries if "python" not in marker}
+    for requirement in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
+        assert tuple(requirement.split("==")) in locked, f"{requirement} is not locked: run make lock"
+
+
 def test_conda_brings_python_and_pip_and_nothing_else(conda: dict[str, Any], project: dict[str, Any]) -> None:
     python, pip, packages = conda["dependencies"]
     assert pip == "pip" and packages == {"pip": ["-e .[dev]"]}

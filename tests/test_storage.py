@@ -7,6 +7,8 @@ import json
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +16,12 @@ from typing import Any
 
 import pytest
 import torch
+from faults import another_process_holds
 from safetensors.torch import load_file, save_file
 
 import agd_lib.storage
-from agd_lib.errors import AdapterError, AGDError, StoreError, WriteError
-from agd_lib.storage import read_json, read_tensors, sha256, write_json, write_tensors, writing
+from agd_lib.errors import AdapterError, AGDError, FolderInUseError, StoreError, WriteError
+from agd_lib.storage import lock_folder, read_json, read_tensors, sha256, write_json, write_tensors, writing
 
 NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
 
@@ -294,3 +297,45 @@ def test_every_truncation_of_a_tensor_file_is_found(tmp_path: Path) -> None:
 def test_sha256_of_a_known_text(tmp_path: Path) -> None:
     (tmp_path / "abc").write_bytes(b"abc")
     assert sha256(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+# Locks -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_another_process_holds_is_refused_until_that_process_dies(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "store"
+    with another_process_holds(folder) as holder:
+        with pytest.raises(FolderInUseError, match=r"another process is writing to .*store"):
+            lock_folder(folder)
+        with lock_folder(tmp_path / "new" / "other"):
+            pass  # another folder is free
+        holder.kill()
+        holder.wait()
+        assert (tmp_path / "new" / ".store.lock").exists()  # stale
+        with lock_folder(folder):
+            pass
+
+
+def test_a_process_may_hold_a_folder_twice_and_lets_go_when_both_are_gone(tmp_path: Path) -> None:
+    first, second = lock_folder(tmp_path / "store"), lock_folder(tmp_path / "store")
+    assert first.lock is second.lock
+    del first
+    with pytest.raises(FolderInUseError):
+        _lock_elsewhere(tmp_path / "store")
+    del second
+    _lock_elsewhere(tmp_path / "store")
+
+
+def _lock_elsewhere(folder: Path) -> None:
+    """Raises what locking raises in another process."""
+    code = "import sys, agd_lib.storage as s, pathlib; s.lock_folder(pathlib.Path(sys.argv[1]))"
+    found = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=False)
+    if "FolderInUseError" in found.stderr:
+        raise FolderInUseError
+    assert found.returncode == 0, found.stderr
+
+
+def test_a_lock_that_cannot_be_written_is_a_write_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(WriteError, match="could not write to"):
+        lock_folder(tmp_path / "file" / "store")

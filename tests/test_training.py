@@ -626,6 +626,30 @@ def test_a_bad_loss_without_checkpoints_says_that_none_was_kept(dit_base: DiTBas
         next(train(dit_base, adapters, store, QUICK))
 
 
+def test_weights_that_are_no_numbers_are_not_kept(dit_base: DiTBase, store: TrajectoryStore, tmp_path: Path) -> None:
+    adapters = some_adapters(dit_base)
+    training = train(dit_base, adapters, store, QUICK, checkpoints=tmp_path, checkpoint_every=1)
+    next(training)
+    next(adapters.parameters()).register_hook(lambda gradient: gradient * math.nan)
+    with pytest.raises(CheckpointError, match=r"after step 2 the adapters hold NaN.*step-0000001"):
+        next(training)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-0000001"]
+
+
+def test_the_states_of_a_bad_loss_are_named(dit_base: DiTBase, store: TrajectoryStore, monkeypatch: Any) -> None:
+    one, *_ = batch_indices(len(store), QUICK.batch_size, 0, QUICK.seed).tolist()
+    whole = TrajectoryStore.batch
+
+    def spoilt(self: TrajectoryStore, indices: torch.Tensor) -> Any:
+        batch = whole(self, indices)
+        batch.target[indices == one] = math.nan
+        return batch
+
+    monkeypatch.setattr(TrajectoryStore, "batch", spoilt)
+    with pytest.raises(CheckpointError, match=rf"the store's states \[{one}\]"):
+        next(train(dit_base, some_adapters(dit_base), store, QUICK))
+
+
 def test_a_store_smaller_than_a_batch_trains(dit_base: DiTBase, tmp_path: Path) -> None:
     plan = a_plan(num_trajectories=1, num_inference_steps=3, steps_per_trajectory="all")
     small = collect(dit_base, plan, tmp_path, batch_size=64, progress=False)

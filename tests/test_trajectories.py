@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -28,6 +29,7 @@ from agd_lib.storage import sha256
 from agd_lib.trajectories import (
     CollectionPlan,
     TrajectoryStore,
+    _manifest_checksum,
     collect,
     collect_batch,
     draw_trajectory,
@@ -514,12 +516,25 @@ def link(folder: Path) -> None:
 
 
 def edited(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    """An edited manifest with the right checksum of its own: what is in it must be found wrong."""
+
     def edit(folder: Path) -> None:
         manifest = json.loads((folder / "manifest.json").read_text())
         change(manifest)
+        manifest["manifest_sha256"] = _manifest_checksum(manifest)
         (folder / "manifest.json").write_text(json.dumps(manifest))
 
     return edit
+
+
+def edit_by_hand(folder: Path) -> None:
+    text = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(re.sub(r'"seed": (\d+)', r'"seed": 1\1', text))
+
+
+def fill(folder: Path) -> None:
+    with open(folder / "manifest.json", "r+b") as file:
+        file.truncate(2**26 + 1)  # takes no room on the disk
 
 
 def set_shard(number: int, **values: Any) -> Callable[[Path], None]:
@@ -549,7 +564,17 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "linked shard": (link, f"{SHARD} is a link"),
     "empty manifest": (lambda folder: (folder / "manifest.json").write_text(""), "manifest.json is not valid JSON"),
-    "other version": (edited(lambda m: m.update(format_version=2)), "store format version 2, this library reads 1"),
+    "other version": (edited(lambda m: m.update(format_version=1)), "store format version 1, this library reads 2"),
+    "edited by hand": (edit_by_hand, "is not what was written"),
+    "huge manifest": (fill, "has 67,108,865 bytes, expected at most"),
+    "unknown condition": (
+        other_tensors(lambda t: t["condition"][3:4].fill_(5)),
+        f"{SHARD} holds a condition that is not in 0 to 4",
+    ),
+    "negative timestep": (
+        other_tensors(lambda t: t["timestep"][3:4].fill_(-1)),
+        f"{SHARD} holds a timestep that is not in 0 to 999",
+    ),
     "more rows": (set_shard(1, rows=13), SHARD),
     "rows of text": (set_shard(1, rows="12"), "malformed entry for shard 1"),
     "file outside": (set_shard(1, file=f"../{SHARD}"), r"malformed entry for shard 1: .*\.\./shard"),
@@ -706,6 +731,7 @@ def test_an_edited_manifest_gives_a_store_or_a_store_error(
     target: Any = data.draw(st.sampled_from([manifest, manifest["shards"][0]]))
     for name in data.draw(st.lists(st.sampled_from(sorted(target)), min_size=1, max_size=3, unique=True)):
         target[name] = data.draw(JSON)
+    manifest["manifest_sha256"] = _manifest_checksum(manifest)
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     try:
         read = read_manifest(tmp_path)

@@ -1,0 +1,180 @@
+"""Files from strangers: whatever is in them, only the library's own errors come out, and no memory goes.
+
+Two thousand generated files in all, with ``test_trajectories.py`` and ``test_results.py``: bytes changed, cut or put in at
+random, and values of any kind, also absurdly large ones, in every field of every JSON or YAML file that is read.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from agd_lib.attach import AdapterSet
+from agd_lib.base_models import BaseModel, load_base
+from agd_lib.errors import AGDError
+from agd_lib.evaluation import _read_kept, load_reference, save_reference
+from agd_lib.reproduce import load_profile
+from agd_lib.storage import write_json, write_tensors
+from agd_lib.training import TrainingLog, TrainingSettings, train
+from agd_lib.trajectories import CollectionPlan, TrajectoryStore, _manifest_checksum, collect
+
+PLAN = CollectionPlan(conditions=(0, 1), num_trajectories=4, num_inference_steps=4, trajectories_per_shard=2)
+SETTINGS = TrainingSettings(num_steps=2, batch_size=4)
+MANY = settings(max_examples=150, deadline=5_000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+ABSURD = st.sampled_from(
+    [-1, 0, 2**31, 2**63, 10**30, 1e308, "", "../../etc/passwd", "\x00", True, None, [], {}, [[]] * 9]
+)
+JSON = ABSURD | st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@pytest.fixture(autouse=True)
+def little_memory() -> Iterator[None]:
+    """No more than 200 MB over what the process has taken before."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    yield
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
+
+
+@pytest.fixture(scope="module")
+def base(dit_folder: Path) -> BaseModel:
+    return load_base(dit_folder)
+
+
+@pytest.fixture(scope="module")
+def originals(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One of everything that the library reads. Read only."""
+    folder = tmp_path_factory.mktemp("originals")
+    store = collect(base, PLAN, folder / "store", progress=False)
+    adapters = AdapterSet.create(base, "offset", 4, PLAN.guidance_range)
+    adapters.save_pretrained(folder / "adapters")
+    for _ in train(base, adapters, store, SETTINGS, folder / "checkpoints"):
+        pass
+    adapters.remove()
+    (folder / "checkpoint").mkdir()
+    shutil.move(folder / "checkpoints" / "step-0000002", folder / "checkpoint" / "step-0000002")
+    log = TrainingLog(folder / "log.safetensors")
+    log.losses, log.snapshots = {1: 0.5, 2: 0.25}, {2: torch.zeros(2, 3)}
+    log.save()
+    save_reference(folder / "reference.safetensors", torch.rand(9, 4), "four")
+    write_tensors(folder / "row.safetensors", {"latents": torch.zeros(2, 4, 8, 8)})
+    write_json(folder / "row.json", {"inputs": {}, "row": {"base": "five-classes", "scale": 2.0}})
+    shutil.copy(Path(__file__).parent.parent / "notebooks" / "profiles" / "tiny-dit.cpu.yaml", folder / "profile.yaml")
+    return folder
+
+
+class Four:
+    name = "four"
+    feature_dim = 4
+
+    def __call__(self, images: torch.Tensor, conditions: Any = None) -> tuple[torch.Tensor, None]:
+        raise NotImplementedError
+
+
+def resume(folder: Path, base: BaseModel) -> None:
+    store = TrajectoryStore(folder.parent / "originals" / "store", check=False)
+    adapters = AdapterSet.create(base, "offset", 4, PLAN.guidance_range)
+    try:
+        list(train(base, adapters, store, SETTINGS, folder))
+    finally:
+        adapters.remove()
+
+
+READERS: dict[str, tuple[str, Callable[[Path, BaseModel], Any]]] = {
+    "store/shard-00001.safetensors": ("store", lambda folder, base: TrajectoryStore(folder, check=False)),
+    "store/conditions.safetensors": ("store", lambda folder, base: TrajectoryStore(folder, check=False)),
+    "store/manifest.json": ("store", lambda folder, base: TrajectoryStore(folder)),
+    "adapters/adapter_model.safetensors": ("adapters", lambda folder, base: AdapterSet.from_pretrained(folder)),
+    "adapters/config.json": ("adapters", lambda folder, base: AdapterSet.from_pretrained(folder)),
+    "checkpoint/step-0000002/training.json": ("checkpoint", resume),
+    "checkpoint/step-0000002/optimizer.safetensors": ("checkpoint", resume),
+    "log.safetensors": ("log.safetensors", lambda file, base: TrainingLog(file)),
+    "reference.safetensors": ("reference.safetensors", lambda file, base: load_reference(file, Four())),
+    "row.json": ("row.json", lambda file, base: _read_kept(file, {})),
+    "profile.yaml": ("profile.yaml", lambda file, base: load_profile("cpu", "tiny-dit", file)),
+}
+"""File -> what of :func:`originals` is copied, and how the library reads it."""
+
+
+def read_changed(originals: Path, tmp_path: Path, base: BaseModel, name: str, change: Callable[[bytes], bytes]) -> None:
+    """Change one file in a copy and read it: an error of the library's own, or nothing."""
+    what, reader = READERS[name]
+    if not (tmp_path / "originals").exists():
+        (tmp_path / "originals").symlink_to(originals)
+    copy = tmp_path / what
+    if copy.is_dir():
+        shutil.rmtree(copy)
+    if (originals / what).is_dir():
+        shutil.copytree(originals / what, copy)
+    else:
+        shutil.copy(originals / what, copy)
+        if name == "row.json":
+            shutil.copy(originals / "row.safetensors", tmp_path)
+    (tmp_path / name).write_bytes(change((originals / name).read_bytes()))
+    try:
+        reader(copy, base)
+    except AGDError as error:
+        assert len(str(error)) < 3_000
+
+
+@st.composite
+def changes(draw: st.DrawFn) -> Callable[[bytes], bytes]:
+    """Cut, overwrite or insert bytes; the beginning, where headers are, more often than the rest."""
+    kind, place = (
+        draw(st.sampled_from(["cut", "write", "insert"])),
+        draw(st.floats(0, 1)) ** draw(st.sampled_from([1, 4])),
+    )
+    new = draw(st.binary(min_size=1, max_size=12))
+
+    def change(old: bytes) -> bytes:
+        at = int(place * len(old))
+        if kind == "cut":
+            return old[:at]
+        return old[:at] + new + old[at + (len(new) if kind == "write" else 0) :]
+
+    return change
+
+
+@pytest.mark.parametrize("name", READERS)
+@MANY
+@given(change=changes())
+def test_changed_bytes(
+    originals: Path, tmp_path: Path, base: BaseModel, name: str, change: Callable[[bytes], bytes]
+) -> None:
+    read_changed(originals, tmp_path, base, name, change)
+
+
+@pytest.mark.parametrize("name", [name for name in READERS if not name.endswith(".safetensors")])
+@MANY
+@given(data=st.data())
+def test_changed_values(originals: Path, tmp_path: Path, base: BaseModel, name: str, data: st.DataObject) -> None:
+    def change(old: bytes) -> bytes:
+        whole: Any = yaml.safe_load(old)
+        value = whole
+        while (isinstance(value, dict | list) and value and data.draw(st.booleans())) or value is whole:
+            keys = sorted(value) if isinstance(value, dict) else range(len(value))
+            key = data.draw(st.sampled_from(list(keys)))
+            inner = value[key]
+            if not isinstance(inner, dict | list) or not inner or data.draw(st.booleans()):
+                value[key] = data.draw(JSON)
+                break
+            value = inner
+        if "manifest_sha256" in whole:
+            whole["manifest_sha256"] = _manifest_checksum(whole)
+        return (yaml.safe_dump(whole) if name.endswith("yaml") else json.dumps(whole)).encode()
+
+    read_changed(originals, tmp_path, base, name, change)
