@@ -471,6 +471,13 @@ class StableDiffusionBase(BaseModel):
             digest.update(part)
         return digest.hexdigest()[:32]
 
+    def prompt_lengths(self, prompt: str) -> list[tuple[int, int]]:
+        """For each text encoder: how many tokens a prompt has, start and end included, and how many are taken."""
+        return [
+            (len(tokenizer(prompt, verbose=False).input_ids), tokenizer.model_max_length)
+            for tokenizer in self._tokenizers()
+        ]
+
     def _warn_of_cut_prompts(self, prompts: list[str]) -> None:
         for prompt in dict.fromkeys(prompts):
             for tokenizer in self._tokenizers():

@@ -27,3 +27,7 @@ class WriteError(AGDError):
 
 class FolderInUseError(AGDError):
     """Another process is writing to the same folder."""
+
+
+class PromptError(AGDError):
+    """Prompts cannot be read or fetched."""

@@ -494,9 +494,17 @@ def _load_parts(denoiser: Denoiser, folder: Path) -> Denoiser:
     return denoiser
 
 
-def _stage(name: str, output: Path, work: Path, settings: Mapping[str, Any], train: Callable[[], Any]) -> Path:
-    """The folder of a finished stage: in ``output``, or in ``work``, where it is trained if it is in neither."""
+def _stage(
+    name: str, output: Path, shared: Path, work: Path, settings: Mapping[str, Any], train: Callable[[], Any]
+) -> Path:
+    """The folder of a finished stage: in ``output``, in ``work``, or in ``shared`` if it was trained with these settings.
+
+    It is trained, in ``work``, if it is nowhere.
+    """
     folder = output / name if (output / name).exists() else work / name
+    if not folder.exists() and (shared / name / SETTINGS).is_file():
+        kept = read_json(shared / name / SETTINGS, CheckpointError, "record of a training's settings")
+        folder = shared / name if kept == dict(settings) else folder
     if not folder.exists():
         _save(train(), folder, settings)
     check_settings(folder, settings)
@@ -512,6 +520,7 @@ def build_tiny_text(
     cycles: Sequence[tuple[int, float]] | None = None,
     num_reference: int = 5_000,
     work: Path = ROOT / "runs" / "build" / "tiny-text",
+    shared: Path = DATA / "scenes",
     num_samples: int = 500,
     compiled: bool = True,
 ) -> None:
@@ -525,7 +534,8 @@ def build_tiny_text(
     Args:
         model: ``"sd21"`` or ``"sdxl"``.
         cycles: by default the model's :data:`TEXT_CYCLES`. num_reference: images of the reference.
-        work: where unfinished work is kept; autoencoder and reader in it serve both models.
+        work: where unfinished work is kept.
+        shared: where the autoencoder and the reader of both models are taken from, if they were trained with these settings.
         num_samples: samples for each measurement of the denoiser.
         compiled: see :func:`train_denoiser`; short trainings are faster without.
 
@@ -551,6 +561,7 @@ def build_tiny_text(
     vae_folder = _stage(
         "vae",
         output,
+        shared,
         work,
         {"num_images": num_images, "steps": vae_steps, "start": weights_hash(first_vae)},
         lambda: train_vae(images, vae_steps, start=load_local(AutoencoderKL, first_vae), learning_rate=1e-3),
@@ -558,6 +569,7 @@ def build_tiny_text(
     reader_folder = _stage(
         "extractor",
         output,
+        shared,
         work,
         {"num_images": num_images, "steps": reader_steps},
         lambda: train_reader(images, targets(scenes), reader_steps),

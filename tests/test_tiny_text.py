@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -19,7 +20,7 @@ from agd_lib.attributes import AttributeFeatures
 from agd_lib.errors import CheckpointError
 from agd_lib.evaluation import load_reference
 from agd_lib.scenes import caption, draw_scene, make_scenes, vocabulary
-from agd_lib.tiny import new_vae
+from agd_lib.tiny import new_vae, train_vae
 from agd_lib.tiny_text import (
     MAX_TOKENS,
     Denoiser,
@@ -249,6 +250,35 @@ def test_stages_that_the_output_holds_are_used(folder: Path, tmp_path: Path, mon
     build(folder.name, tmp_path / folder.name, tmp_path / "work")
     for path in folder.rglob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / folder.name / path.relative_to(folder)).read_bytes(), path
+
+
+def test_shared_stages_are_used_if_their_settings_are_the_ones_asked_for(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("vae", "extractor"):
+        shutil.copytree(folder / name, tmp_path / "shared" / name)
+    places = {"work": tmp_path / "work", "shared": tmp_path / "shared"}
+    options: dict[str, Any] = {"num_reference": 70, "num_samples": 4, "compiled": False} | places
+    for name in ("train_vae", "train_reader", "measure_autoencoder"):
+        monkeypatch.setattr(tiny_text, name, refuse)
+    build_tiny_text(folder.name, tmp_path / "new", 64, 2, 2, CYCLES, **options)  # type: ignore[arg-type]
+    for path in folder.rglob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "new" / path.relative_to(folder)).read_bytes(), path
+    with pytest.raises(AssertionError, match="done again"):
+        build_tiny_text(folder.name, tmp_path / "other", 64, 2, 3, CYCLES, **options)  # type: ignore[arg-type]
+
+
+def test_the_autoencoder_goes_on_from_another() -> None:
+    images = make_scenes(1, 64)[0]
+    start = train_vae(images, 2)
+    weights = copy.deepcopy(start.state_dict())
+    further = train_vae(images, 1, start=start, learning_rate=1e-9)
+    assert all(torch.allclose(further.state_dict()[name], value, atol=1e-6) for name, value in weights.items())
+    assert not any(
+        torch.equal(new, old)
+        for new, old in zip(train_vae(images, 2, seed=1).parameters(), weights.values())
+        if old.ndim > 1
+    )
 
 
 def test_the_product_is_measured(folder: Path, work: Path) -> None:
