@@ -12,12 +12,13 @@ import time
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from accelerate.state import PartialState
+from accelerate.utils import gather_object
 from safetensors import safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -348,6 +349,9 @@ def evaluate(
 ) -> Evaluation:
     """Sample ``n`` images, conditions in turn, and measure them. Images are not kept in memory, features are.
 
+    With ``accelerate launch`` (``torchrun`` on CPUs) the processes share out the batches, and each gets the whole result; there
+    must be at least as many batches as processes. Seconds are those of one process for its own images.
+
     Args:
         reference: made with the same extractor.
         n: more than ``extractor.feature_dim``.
@@ -361,7 +365,7 @@ def evaluate(
             the images that show theirs is the row's accuracy, where the extractor can tell.
 
     Raises:
-        ValueError: if n is too small, or a text-to-image model gets no prompts. EvaluationError: if reference and
+        ValueError: if n is too small, also for the number of processes, or a text-to-image model gets no prompts. EvaluationError: if reference and
             extractor do not match, or what was kept is damaged.
     """
     if reference.extractor != extractor.name:
@@ -387,26 +391,28 @@ def evaluate(
         if kept is not None:
             return kept
     label = f"{kind} {scale:g}" if adapter is None else f"{kind} {adapter} {scale:g}"
-    asked = iter(conditions)
-    latents, features, shown = [], [], []
+    processes = PartialState(cpu=base.device.type == "cpu")
+    starts = range(0, n, batch_size)
+    if len(starts) < processes.num_processes:
+        raise ValueError(
+            f"got {n} images in batches of {batch_size} for {processes.num_processes} processes, expected a batch for each"
+        )
+    mine: list[tuple[int, Tensor, Tensor, Tensor | None]] = []  # (start, latents, features, shown) of each batch
     seconds = 0.0
-    with count_forwards(base) as meter:
-        batches = generate(base, conditions, guidance, num_inference_steps, seed, batch_size)
-        with tqdm(total=n, desc=label, disable=not progress) as bar:
-            while True:
-                start = time.perf_counter()
-                batch = next(batches, None)
-                _synchronize(base)
-                if batch is None:
-                    break
-                seconds += time.perf_counter() - start
-                batch_features, batch_shown = extractor(base.decode(batch), list(islice(asked, len(batch))))
-                latents.append(batch.float().cpu())
-                features.append(batch_features)
-                if batch_shown is not None:
-                    shown.append(batch_shown)
-                bar.update(len(batch))
-    final, all_features = torch.cat(latents), torch.cat(features)
+    with count_forwards(base) as meter, tqdm(total=n, desc=label, disable=not progress) as bar:
+        for start in starts[processes.process_index :: processes.num_processes]:
+            asked = conditions[start : start + batch_size]
+            before = time.perf_counter()
+            (batch,) = generate(base, asked, guidance, num_inference_steps, seed, batch_size, first=start)
+            _synchronize(base)
+            seconds += time.perf_counter() - before
+            batch_features, batch_shown = extractor(base.decode(batch), asked)
+            mine.append((start, batch.float().cpu(), batch_features, batch_shown))
+            bar.update(len(batch))
+    num_mine = sum(len(latents) for _, latents, _, _ in mine)
+    parts = sorted(gather_object(mine) if processes.num_processes > 1 else mine, key=lambda part: part[0])
+    final, all_features = (torch.cat([part[i] for part in parts]) for i in (1, 2))
+    shown = [part[3] for part in parts if part[3] is not None]
     precision = recall = accuracy = ratio = None
     if reference.features is not None:
         precision, recall = precision_recall(
@@ -426,7 +432,7 @@ def evaluate(
         adapter=adapter,
         scale=scale,
         steps=num_inference_steps,
-        nfe=meter.nfe(n),
+        nfe=meter.nfe(num_mine),
         n=n,
         seed=seed,
         fd=frechet_distance(*statistics(all_features), reference.mean, reference.covariance),
@@ -435,11 +441,11 @@ def evaluate(
         recall=recall,
         condition_accuracy=accuracy,
         endpoint_mse_ratio=ratio,
-        seconds_per_image=seconds / n,
+        seconds_per_image=seconds / num_mine,
         base_parameters=base.num_parameters(),
         adapter_parameters=adapter_parameters,
     )
-    if keep is not None:
+    if keep is not None and processes.is_main_process:
         file.unlink(missing_ok=True)  # first, so that it never stands beside latents of another measurement
         write_tensors(file.with_suffix(".safetensors"), {"latents": final})
         write_json(file, {"inputs": inputs, "row": asdict(row)})

@@ -128,19 +128,21 @@ def generate(
     seed: int = 0,
     batch_size: int = 128,
     progress: str | None = None,
+    first: int = 0,
 ) -> Iterator[Tensor]:
     """Sample many conditions, a batch at a time: the final latents (B, C, H, W).
 
-    Sample i starts from the noise ``sample_seed(seed, i)``, whatever the batch size.
+    Sample i starts from the noise ``sample_seed(seed, first + i)``, whatever the batch size.
 
     Args:
         conditions: one per sample, as ``base.encode`` takes them. The scale of ``guidance`` must serve any batch: a
             number or a schedule.
         progress: label of a progress bar; None for none.
+        first: number of the first sample, where these are a part of more.
     """
     starts = range(0, len(conditions), batch_size)
     for start in tqdm(starts, desc=progress, disable=progress is None):
         chunk = conditions[start : start + batch_size]
         condition = base.encode(chunk)
-        seeds = [sample_seed(seed, start + i) for i in range(len(chunk))]
+        seeds = [sample_seed(seed, first + start + i) for i in range(len(chunk))]
         yield endpoint(sample(base, condition, guidance, num_inference_steps, seeds=seeds))

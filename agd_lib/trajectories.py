@@ -17,11 +17,13 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import PartialState
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -181,6 +183,10 @@ def collect(
 ) -> TrajectoryStore:
     """Algorithm 1 into a store on disk. Run again after an interruption, it goes on with the first missing shard.
 
+    With ``accelerate launch`` (``torchrun`` on CPUs) the processes share out the shards, and the store is that of one
+    process: the same noise, scales and timesteps to the bit, the same states within float tolerance. What one process has
+    finished stays when another one dies.
+
     Memory grows with ``batch_size`` and with one shard's rows, not with the number of trajectories.
 
     Args:
@@ -203,12 +209,23 @@ def collect(
     there = _store_of(folder, header)
     if there is not None and there.complete:
         return there
-    with lock_folder(folder):
-        manifest = _begin(base, plan, folder, header)
-        for shard in range(len(manifest["shards"]), plan.num_shards):
+    processes = PartialState(cpu=base.device.type == "cpu")
+    with lock_folder(folder) if processes.is_main_process else nullcontext():
+        if processes.is_main_process:
+            _begin(base, plan, folder, header)
+        processes.wait_for_everyone()
+        num_listed = len(read_manifest(folder)["shards"])
+        for shard in range(processes.process_index, plan.num_shards, processes.num_processes):
+            if shard < num_listed or _noted(folder, shard) is not None:
+                continue
             entry = _collect_shard(base, plan, folder, shard, batch_size, progress)
-            manifest["shards"].append(entry)
-            _write_manifest(folder, manifest)  # lists the shard only now that it is whole
+            write_json(_note(folder, shard), entry)  # only now that the shard is whole
+            if processes.is_main_process:
+                _list_shards(folder)
+        processes.wait_for_everyone()
+        if processes.is_main_process:
+            _list_shards(folder)
+        processes.wait_for_everyone()
     return TrajectoryStore(folder, check=False)
 
 
@@ -231,15 +248,43 @@ def _store_of(folder: Path, header: dict[str, Any]) -> TrajectoryStore | None:
     return TrajectoryStore(folder)
 
 
-def _begin(base: BaseModel, plan: CollectionPlan, folder: Path, header: dict[str, Any]) -> dict[str, Any]:
-    """The manifest to go on from: of the store that is there, or of a new one without shards."""
-    there = _store_of(folder, header)  # looked at again, now that nobody else can change it
-    if there is not None:
-        return there.manifest
-    write_tensors(folder / CONDITIONS, base.encode(plan.conditions))
-    manifest = {**header, "shards": [], "conditions_sha256": sha256(folder / CONDITIONS)}
-    _write_manifest(folder, manifest)
-    return manifest
+def _begin(base: BaseModel, plan: CollectionPlan, folder: Path, header: dict[str, Any]) -> None:
+    """Make sure of a manifest: of the store that is there, with every shard listed that is whole, or of a new one."""
+    if (folder / MANIFEST).exists():
+        _list_shards(folder)
+        _store_of(folder, header)  # looked at again, now that nobody else can change it
+    else:
+        write_tensors(folder / CONDITIONS, base.encode(plan.conditions))
+        _write_manifest(folder, {**header, "shards": [], "conditions_sha256": sha256(folder / CONDITIONS)})
+
+
+def _note(folder: Path, shard: int) -> Path:
+    """Where a shard's entry is kept until the manifest lists it: processes finish in any order, one of them lists."""
+    return folder / f"shard-{shard:05d}.json"
+
+
+def _noted(folder: Path, shard: int) -> dict[str, Any] | None:
+    """The entry of a shard that is whole and not listed yet; None otherwise."""
+    note = _note(folder, shard)
+    if not note.is_file():
+        return None
+    entry = read_json(note, StoreError, "note of a shard")
+    path = folder / f"shard-{shard:05d}.safetensors"
+    whole = _is_entry(entry, shard) and path.is_file() and sha256(path) == entry["sha256"]
+    return entry if whole else None
+
+
+def _list_shards(folder: Path) -> None:
+    """List in the manifest the shards that come next and are whole."""
+    manifest = read_manifest(folder)
+    shards = manifest["shards"]
+    num_listed = len(shards)
+    while (entry := _noted(folder, len(shards))) is not None:
+        shards.append(entry)
+    if len(shards) > num_listed:
+        _write_manifest(folder, manifest)
+    for number in range(len(shards)):
+        _note(folder, number).unlink(missing_ok=True)
 
 
 def _collect_shard(
@@ -347,6 +392,15 @@ def _is_shape(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 3 and all(_is_count(n) and n < 65_536 for n in value)
 
 
+def _is_entry(value: Any, shard: int) -> bool:
+    return (
+        isinstance(value, dict)
+        and value.get("file") == f"shard-{shard:05d}.safetensors"
+        and isinstance(value.get("rows"), int)
+        and isinstance(value.get("sha256"), str)
+    )
+
+
 _MANIFEST_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "latent_shape": (_is_shape, "three sizes [C, H, W]"),
     "num_trajectories": (_is_count, "a whole number from 1"),
@@ -381,13 +435,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if len(shards) > planned:
         raise StoreError(f"the manifest in {folder} lists {len(shards)} shards, its plan has {planned}")
     for number, shard in enumerate(shards):
-        whole = (
-            isinstance(shard, dict)
-            and shard.get("file") == f"shard-{number:05d}.safetensors"
-            and isinstance(shard.get("rows"), int)
-            and isinstance(shard.get("sha256"), str)
-        )
-        if not whole:
+        if not _is_entry(shard, number):
             raise StoreError(f"the manifest in {folder} has a malformed entry for shard {number}: {shard!r}")
     if manifest.get("manifest_sha256") != _manifest_checksum(manifest):
         raise StoreError(

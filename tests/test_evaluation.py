@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,7 +25,7 @@ from torch import Tensor, nn
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
 from agd_lib.attach import AdapterSet
-from agd_lib.base_models import DiTBase, count_forwards
+from agd_lib.base_models import DiTBase, count_forwards, load_base
 from agd_lib.errors import AGDError
 from agd_lib.evaluation import (
     EvaluationError,
@@ -179,9 +183,13 @@ def test_endpoint_ratio_needs_latents_that_belong_together() -> None:
 N = 12
 
 
-@pytest.fixture(scope="module")
-def reference() -> Reference:
+def the_reference() -> Reference:
     return reference_from_features("mean-colours", torch.rand(40, 6, generator=torch.Generator().manual_seed(0)))
+
+
+@pytest.fixture
+def reference() -> Reference:
+    return the_reference()
 
 
 def measure(base: DiTBase, guidance: Any, reference: Reference, **options: Any) -> Any:
@@ -219,6 +227,54 @@ def test_the_row_is_measured_on_the_images_of_the_latents(dit_base: DiTBase, ref
     assert result.row.fd == pytest.approx(expected, rel=1e-3)
     assert reference.features is not None
     assert (result.row.precision, result.row.recall) == precision_recall(features, reference.features)
+
+
+WORKER = """
+import json, sys
+import torch
+from accelerate.state import PartialState
+from test_evaluation import MeanColours, the_reference
+from agd_lib.base_models import load_base
+from agd_lib.evaluation import evaluate
+from agd_lib.guidance import CFG
+
+base, processes = load_base(sys.argv[1]), PartialState(cpu=True)
+assert processes.num_processes == 2
+options = dict(n=22, seed=5, num_inference_steps=3, batch_size=4, progress=False, keep=sys.argv[2])
+found = evaluate(base, CFG(2.0), the_reference(), MeanColours(), **options)
+with open(f"{sys.argv[2]}-{processes.process_index}.json", "w") as file:
+    json.dump([found.row.fd, found.row.nfe, found.row.condition_accuracy, found.latents.tolist()], file)
+try:
+    evaluate(base, CFG(2.0), the_reference(), MeanColours(), **options | {"batch_size": 22, "keep": None})
+except ValueError as error:
+    assert "expected a batch for each" in str(error)
+else:
+    raise AssertionError("a process without images was not refused")
+"""
+
+
+def test_two_processes_measure_what_one_does(dit_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "worker.py").write_text(WORKER)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": path}
+    finished = subprocess.run(
+        [*launcher, str(tmp_path / "worker.py"), str(dit_folder), str(tmp_path / "kept")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    options: dict[str, Any] = {"n": 22, "seed": 5, "num_inference_steps": 3, "progress": False}
+    alone = evaluate(load_base(dit_folder), CFG(2.0), the_reference(), MeanColours(), batch_size=4, **options)
+    for rank in (0, 1):
+        fd, nfe, accuracy, latents = json.loads((tmp_path / f"kept-{rank}.json").read_text())
+        assert fd == pytest.approx(alone.row.fd, rel=1e-6)
+        assert (nfe, accuracy) == (alone.row.nfe, alone.row.condition_accuracy) and nfe == 6
+        torch.testing.assert_close(torch.tensor(latents), alone.latents, rtol=1e-5, atol=1e-5)
+    (kept,) = (tmp_path / "kept").glob("*.json")
+    assert json.loads(kept.read_text())["row"]["fd"] == pytest.approx(alone.row.fd, rel=1e-6)
 
 
 def test_the_same_seed_gives_the_same_row_and_another_seed_another(dit_base: DiTBase, reference: Reference) -> None:

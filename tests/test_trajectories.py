@@ -713,6 +713,75 @@ def test_noised_data_have_the_variance_of_their_timesteps(base: DiTBase, collect
     assert torch.equal(states, noised_data_states(store, torch.full((1, 4, 8, 8), 2.0), base, seed=1))
 
 
+# Several processes -------------------------------------------------------------------------------------------------
+
+WORKER = """
+import json, os, signal, sys
+from agd_lib import trajectories
+from agd_lib.base_models import load_base
+from agd_lib.trajectories import CollectionPlan, collect
+
+base, plan, dies_at = load_base(sys.argv[1]), CollectionPlan(**json.loads(sys.argv[3])), int(sys.argv[4])
+one_shard = trajectories._collect_shard
+
+def counted(base, plan, folder, shard, *arguments):
+    if shard == dies_at:
+        os.kill(os.getpid(), signal.SIGKILL)
+    with open(f"{sys.argv[2]}-collected-{os.environ['RANK']}", "a") as file:
+        file.write(f"{shard} ")
+    return one_shard(base, plan, folder, shard, *arguments)
+
+trajectories._collect_shard = counted
+store = collect(base, plan, sys.argv[2], batch_size=2, progress=False)
+assert store.complete
+"""
+SHARED = {"conditions": [0, 1, 2, 3, 4], "num_trajectories": 15, "num_inference_steps": 4, "trajectories_per_shard": 2}
+
+
+def collect_together(dit_folder: Path, folder: Path, dies_at: int = -1) -> tuple[int, list[list[int]]]:
+    """Two processes collect; returns the launcher's exit code, and the shards that each has begun, in all so far."""
+    (folder.parent / "worker.py").write_text(WORKER)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    arguments = [folder.parent / "worker.py", dit_folder, folder, json.dumps(SHARED), dies_at]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    finished = subprocess.run(
+        [*launcher, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=600
+    )
+    if dies_at < 0:
+        assert finished.returncode == 0, finished.stderr[-3000:]
+    logs = [folder.with_name(f"{folder.name}-collected-{rank}") for rank in (0, 1)]
+    return finished.returncode, [[int(n) for n in log.read_text().split()] if log.exists() else [] for log in logs]
+
+
+def test_two_processes_make_the_store_of_one(dit_folder: Path, tmp_path: Path) -> None:
+    _, shards = collect_together(dit_folder, tmp_path / "together")
+    assert shards == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    plan = CollectionPlan(**SHARED | {"conditions": (0, 1, 2, 3, 4)})  # type: ignore[arg-type]
+    alone = collect(load_base(dit_folder), plan, tmp_path / "alone", progress=False)  # 2 trajectories at once, or all
+    together = TrajectoryStore(tmp_path / "together")
+    names = sorted(path.name for path in together.folder.iterdir())
+    assert names == sorted(path.name for path in alone.folder.iterdir())
+    for name in ("timestep", "guidance_scale", "condition"):
+        assert torch.equal(together.column(name), alone.column(name))
+    everything = torch.arange(len(alone))
+    one, two = alone.batch(everything), together.batch(everything)
+    torch.testing.assert_close(two.latents, one.latents, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(two.target, one.target, rtol=2e-3, atol=2e-3)
+
+
+def test_what_one_process_has_finished_stays_when_the_other_dies(dit_folder: Path, tmp_path: Path) -> None:
+    code, begun = collect_together(dit_folder, tmp_path / "store", dies_at=3)
+    assert code != 0 and begun[1] == [1]
+    finished = {path.name for path in (tmp_path / "store").glob("shard-*.safetensors")}
+    assert "shard-00001.safetensors" in finished
+    stamps = {name: (tmp_path / "store" / name).stat().st_mtime_ns for name in finished}
+    _, begun = collect_together(dit_folder, tmp_path / "store")
+    assert TrajectoryStore(tmp_path / "store").complete
+    assert not list((tmp_path / "store").glob("shard-*.json"))
+    kept = [name for name in finished if (tmp_path / "store" / name).stat().st_mtime_ns == stamps[name]]
+    assert len(kept) >= len(finished) - 1  # the launcher may have killed one between its bytes and its note
+
+
 # Arbitrary manifests -----------------------------------------------------------------------------------------------
 
 JSON = st.recursive(

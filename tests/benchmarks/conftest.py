@@ -1,10 +1,11 @@
-"""Prints what the benchmarks measured as one table: AGD beside CFG, and the limit that the FLOPs allow."""
+"""Prints what the benchmarks measured as tables: AGD beside CFG with the limit that the FLOPs allow, and the store."""
 
 from __future__ import annotations
 
 import pytest
 
 ROWS = pytest.StashKey[list[dict[str, str]]]()
+STORE_ROWS = pytest.StashKey[list[dict[str, str]]]()
 
 
 @pytest.fixture
@@ -13,10 +14,20 @@ def comparisons(request: pytest.FixtureRequest) -> list[dict[str, str]]:
     return request.config.stash.setdefault(ROWS, [])
 
 
+@pytest.fixture
+def store_comparisons(request: pytest.FixtureRequest) -> list[dict[str, str]]:
+    """Rows of the second table."""
+    return request.config.stash.setdefault(STORE_ROWS, [])
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    rows = terminalreporter.config.stash.get(ROWS, [])
-    if not rows:
+    agd_rows, store_rows = (terminalreporter.config.stash.get(key, []) for key in (ROWS, STORE_ROWS))
+    if store_rows:
+        terminalreporter.section("collection and reading, in turn in one process")
+        _print_table(terminalreporter, store_rows, list(store_rows[0]))
+        terminalreporter.write_line("medians over rounds")
+    if not agd_rows:
         return
     terminalreporter.section("AGD against CFG, in turn in one process")
     columns = [
@@ -30,10 +41,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         "limit 2/(1+overhead)",
         "FLOP overhead",
     ]
-    table = [columns, *([row[column] for column in columns] for row in rows)]
-    widths = [max(len(line[i]) for line in table) for i in range(len(columns))]
-    for line in table:
-        terminalreporter.write_line("  ".join(cell.rjust(width) for cell, width in zip(line, widths)))
+    _print_table(terminalreporter, agd_rows, columns)
     terminalreporter.write_line(
         "of one sampler step, on average over a run; medians over rounds; ratio = CFG / AGD, of the medians and of the fastest rounds"
     )
+
+
+def _print_table(reporter: pytest.TerminalReporter, rows: list[dict[str, str]], columns: list[str]) -> None:
+    table = [columns, *([row[column] for column in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in table) for i in range(len(columns))]
+    for line in table:
+        reporter.write_line("  ".join(cell.rjust(width) for cell, width in zip(line, widths)))

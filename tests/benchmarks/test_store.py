@@ -1,0 +1,137 @@
+"""Collection side by side against one trajectory at a time, and reading against one file per item: ``make bench``."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from agd_lib.base_models import load_base
+from agd_lib.project import DATA
+from agd_lib.storage import sha256, write_tensors
+from agd_lib.trajectories import (
+    CONDITIONS,
+    FORMAT_VERSION,
+    CollectionPlan,
+    TrajectoryStore,
+    _write_manifest,
+    collect_batch,
+)
+
+Rows = list[dict[str, str]]
+
+
+def compare(
+    benchmark: Any, rows: Rows, what: str, unit: str, count: int, ours: Callable[[], Any], other: Callable[[], Any]
+) -> None:
+    """Benchmark ``ours``, with ``other`` timed before each round; both do ``count`` units."""
+    seconds: dict[str, list[float]] = {"ours": [], "other": []}
+
+    def timed(name: str, function: Callable[[], Any]) -> None:
+        start = time.perf_counter()
+        function()
+        seconds[name].append(time.perf_counter() - start)
+
+    benchmark.pedantic(lambda: timed("ours", ours), setup=lambda: timed("other", other), rounds=5, warmup_rounds=1)
+    mine, theirs = (count / statistics.median(seconds[name][1:]) for name in ("ours", "other"))
+    benchmark.extra_info.update(unit=unit, per_second=mine, other_per_second=theirs, ratio=mine / theirs)
+    rows.append(
+        {
+            "what": what,
+            "unit": unit,
+            "one at a time": f"{theirs:,.0f}",
+            "ours": f"{mine:,.0f}",
+            "ratio": f"{mine / theirs:.1f}",
+        }
+    )
+
+
+def test_collection(benchmark: Any, store_comparisons: Rows) -> None:
+    """32 trajectories of tiny-dit side by side, against the same ones one after another."""
+    if not (DATA / "tiny-dit" / "model_index.json").is_file():
+        pytest.skip("data/tiny-dit is not there")
+    base = load_base("tiny-dit")
+    plan = CollectionPlan(tuple(base.all_conditions()), 32, num_inference_steps=10)
+    compare(
+        benchmark,
+        store_comparisons,
+        "collection on tiny-dit",
+        "recorded states/s",
+        320,
+        lambda: collect_batch(base, plan, range(32)),
+        lambda: [collect_batch(base, plan, [index]) for index in range(32)],
+    )
+
+
+@pytest.fixture(scope="module")
+def sd21_shaped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """400 states shaped as SD 2.1's at 768 x 768 with 50 prompts: as a store, and as one pickled file per item."""
+    folder = tmp_path_factory.mktemp("sd21")
+    generator = torch.Generator().manual_seed(0)
+    rows, prompts = 400, 50
+    columns = {
+        "latents": torch.randn(rows, 4, 96, 96, generator=generator).half(),
+        "target": torch.randn(rows, 4, 96, 96, generator=generator).half(),
+        "timestep": torch.randint(1000, (rows,), generator=generator),
+        "guidance_scale": 1 + 11 * torch.rand(rows, generator=generator),
+        "condition": torch.randint(prompts, (rows,), generator=generator),
+        "signal": torch.rand(rows, generator=generator),
+    }
+    tokens = torch.randn(prompts, 77, 1024, generator=generator)
+    write_tensors(folder / "shard-00000.safetensors", columns)
+    write_tensors(folder / CONDITIONS, {"encoder_hidden_states": tokens})
+    shard = {"file": "shard-00000.safetensors", "rows": rows, "sha256": sha256(folder / "shard-00000.safetensors")}
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "latent_shape": [4, 96, 96],
+        "num_trajectories": rows,
+        "trajectories_per_shard": rows,
+        "num_train_timesteps": 1000,
+        "num_inference_steps": 1,
+        "guided_channels": 4,
+        "guidance_range": [1.0, 12.0],
+        "dtype": "float16",
+        "base_name": "sd21",
+        "base_fingerprint": "",
+        "shards": [shard],
+        "conditions_sha256": sha256(folder / CONDITIONS),
+    }
+    _write_manifest(folder, manifest)
+    for index in range(rows):
+        torch.save({name: column[index].clone() for name, column in columns.items()}, folder / f"item-{index}.pt")
+    for index in range(prompts):
+        torch.save(tokens[index].clone(), folder / f"prompt-{index}.pt")
+    return folder
+
+
+def test_reading(benchmark: Any, store_comparisons: Rows, sd21_shaped: Path) -> None:
+    """Random batches of 8, against a loader that opens one file per item and reads its prompt's file again."""
+    store = TrajectoryStore(sd21_shaped)
+    batches = torch.randperm(len(store), generator=torch.Generator().manual_seed(1))[:160].split(8)
+
+    def file_per_item(indices: torch.Tensor) -> dict[str, torch.Tensor]:
+        items = []
+        for index in indices.tolist():
+            item = torch.load(sd21_shaped / f"item-{index}.pt", weights_only=True)
+            prompt = torch.load(sd21_shaped / f"prompt-{int(item['condition'])}.pt", weights_only=True)
+            items.append(item | {"encoder_hidden_states": prompt})
+        stacked = {name: torch.stack([item[name] for item in items]) for name in items[0]}
+        return stacked | {name: stacked[name].float() for name in ("latents", "target")}
+
+    theirs, ours = file_per_item(batches[0]), store.batch(batches[0])
+    assert torch.equal(theirs["latents"], ours.latents)
+    assert torch.equal(theirs["encoder_hidden_states"], ours.condition["encoder_hidden_states"])
+    compare(
+        benchmark,
+        store_comparisons,
+        "reading, shaped as SD 2.1",
+        "states/s",
+        160,
+        lambda: [store.batch(indices) for indices in batches],
+        lambda: [file_per_item(indices) for indices in batches],
+    )
