@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
@@ -58,6 +61,33 @@ def test_the_code_for_a_pipeline_of_ones_own(tmp_path: Path) -> None:
     guided = names["pipe"]("a red star", num_inference_steps=2, generator=torch.manual_seed(0)).images[0]
     assert names["image"].size == plain.size
     assert guided.tobytes() == plain.tobytes()  # untrained adapters change nothing: one pass, the conditional one
+
+
+def test_the_code_for_several_processes(tmp_path: Path) -> None:
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)[2]
+    sizes = (
+        ("runs/many", str(tmp_path)),
+        ("num_trajectories=4000, trajectories_per_shard=64", "num_trajectories=4, trajectories_per_shard=1"),
+        ("num_steps=2000", "num_steps=2"),
+        ("n=2000, batch_size=50", "n=80, batch_size=40"),
+    )
+    for given, small in sizes:
+        assert given in code
+        code = code.replace(given, small)
+    (tmp_path / "distil.py").write_text(code)
+    (line,) = re.findall(r"^torchrun (.*) distil.py", README, re.MULTILINE)
+    finished = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *line.split(), str(tmp_path / "distil.py")],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert finished.stdout.count("Row(base='tiny-dit', guidance='agd'") == 1
+    assert AdapterSet.from_pretrained(tmp_path / "adapters").config.kind == "offset"
+    assert len(list((tmp_path / "trajectories").glob("shard-*.safetensors"))) == 4
 
 
 README, MAKEFILE = (
