@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from pathlib import Path
 
 import pytest
+from diffusers import AutoencoderKL
 
 from agd_lib import AdapterSet, load_base
 from agd_lib.adapters import ADAPTERS
+from agd_lib.attributes import AttributeFeatures
 from agd_lib.base_models import BaseModel
+from agd_lib.extractor import load_local, weights_hash
 from agd_lib.project import DATA
 from agd_lib.study import read_study
+from agd_lib.tiny_text import build_tiny_text, measure_autoencoder
 
 BASES = sorted(path.parent.name for path in DATA.glob("*/model_index.json"))
 ADAPTER_FOLDERS = sorted(path.parent for path in DATA.glob("*/adapters/*/config.json"))
@@ -49,6 +54,20 @@ def test_no_configuration_names_a_folder_of_the_machine_it_was_made_on(path: Pat
     text = path.read_text(encoding="utf-8")
     assert "_name_or_path" not in json.loads(text)
     assert not re.search(r'"(/|[A-Z]:\\\\|~/)[^"]*"', text)
+
+
+def test_the_small_text_models_are_built_on_the_shared_autoencoder_and_reader() -> None:
+    defaults = {name: value.default for name, value in inspect.signature(build_tiny_text).parameters.items()}
+    assert defaults["shared"] == DATA / "scenes"
+    for name, steps in (("vae", "vae_steps"), ("extractor", "reader_steps")):
+        settings = json.loads((DATA / "scenes" / name / "training.json").read_text())
+        assert (settings["num_images"], settings["steps"]) == (defaults["num_images"], defaults[steps])
+    assert json.loads((DATA / "scenes" / "vae" / "training.json").read_text())["start"] == weights_hash(
+        DATA / "tiny-dit" / "vae"
+    )
+    vae = load_local(AutoencoderKL, DATA / "scenes" / "vae")
+    shares = measure_autoencoder(vae, AttributeFeatures(DATA / "scenes" / "extractor").model, 300)
+    assert min(shares["real images"].values()) >= 0.99 and min(shares["reconstructions"].values()) >= 0.94
 
 
 def test_the_data_fit_into_git() -> None:
