@@ -365,8 +365,8 @@ def evaluate(
             the images that show theirs is the row's accuracy, where the extractor can tell.
 
     Raises:
-        ValueError: if n is too small, also for the number of processes, or a text-to-image model gets no prompts. EvaluationError: if reference and
-            extractor do not match, or what was kept is damaged.
+        ValueError: if n is too small, also for the number of processes, or a text-to-image model gets no prompts.
+        EvaluationError: if reference and extractor do not match, or what was kept is damaged.
     """
     if reference.extractor != extractor.name:
         raise EvaluationError(
@@ -445,10 +445,12 @@ def evaluate(
         base_parameters=base.num_parameters(),
         adapter_parameters=adapter_parameters,
     )
-    if keep is not None and processes.is_main_process:
-        file.unlink(missing_ok=True)  # first, so that it never stands beside latents of another measurement
-        write_tensors(file.with_suffix(".safetensors"), {"latents": final})
-        write_json(file, {"inputs": inputs, "row": asdict(row)})
+    if keep is not None:
+        if processes.is_main_process:
+            file.unlink(missing_ok=True)  # first, so that it never stands beside latents of another measurement
+            write_tensors(file.with_suffix(".safetensors"), {"latents": final})
+            write_json(file, {"inputs": inputs, "row": asdict(row)})
+        processes.wait_for_everyone()  # the next measurement reads it in all processes or in none
     return Evaluation(row, final)
 
 

@@ -214,10 +214,11 @@ def collect(
         if processes.is_main_process:
             _begin(base, plan, folder, header)
         processes.wait_for_everyone()
-        num_listed = len(read_manifest(folder)["shards"])
-        for shard in range(processes.process_index, plan.num_shards, processes.num_processes):
-            if shard < num_listed or _noted(folder, shard) is not None:
-                continue
+        listed = len(read_manifest(folder)["shards"])
+        mine = range(processes.process_index, plan.num_shards, processes.num_processes)
+        missing = [shard for shard in mine if shard >= listed and _noted(folder, shard) is None]
+        processes.wait_for_everyone()  # nobody lists shards while another one looks which are missing
+        for shard in missing:
             entry = _collect_shard(base, plan, folder, shard, batch_size, progress)
             write_json(_note(folder, shard), entry)  # only now that the shard is whole
             if processes.is_main_process:

@@ -30,7 +30,7 @@ from agd_lib.trajectories import CollectionPlan, TrajectoryStore, _manifest_chec
 
 PLAN = CollectionPlan(conditions=(0, 1), num_trajectories=4, num_inference_steps=4, trajectories_per_shard=2)
 SETTINGS = TrainingSettings(num_steps=2, batch_size=4)
-MANY = settings(max_examples=150, deadline=5_000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+MANY = settings(max_examples=100, deadline=5_000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 ABSURD = st.sampled_from(
     [-1, 0, 2**31, 2**63, 10**30, 1e308, "", "../../etc/passwd", "\x00", True, None, [], {}, [[]] * 9]

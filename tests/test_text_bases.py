@@ -233,7 +233,7 @@ def test_what_was_kept_is_measured_again_with_another_autoencoder_or_prompts(
 ) -> None:
     features, _ = Pixels()(torch.rand(20, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
     reference, runs = reference_from_features("pixels", features), []
-    monkeypatch.setattr(evaluation, "generate", lambda *args: runs.append(1) or generate(*args))
+    monkeypatch.setattr(evaluation, "generate", lambda *args, **options: runs.append(1) or generate(*args, **options))
 
     def measure(prompts: list[str]) -> None:
         options = {"n": 6, "num_inference_steps": 1, "progress": False, "keep": tmp_path, "conditions": prompts}

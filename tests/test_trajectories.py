@@ -713,6 +713,23 @@ def test_noised_data_have_the_variance_of_their_timesteps(base: DiTBase, collect
     assert torch.equal(states, noised_data_states(store, torch.full((1, 4, 8, 8), 2.0), base, seed=1))
 
 
+def test_shards_that_are_whole_but_not_listed_are_taken_and_damaged_ones_are_made_again(
+    base: DiTBase, collected: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As another process leaves them: the second and the third shard with notes, the third one damaged."""
+    shutil.copytree(collected, tmp_path / "store")
+    manifest = json.loads((collected / "manifest.json").read_text())
+    for number in (1, 2):
+        (tmp_path / "store" / f"shard-0000{number}.json").write_text(json.dumps(manifest["shards"][number]))
+    edited(lambda manifest: manifest["shards"].__delitem__(slice(1, None)))(tmp_path / "store")
+    flip("shard-00002.safetensors")(tmp_path / "store")
+    begun, one_shard = [], agd_lib.trajectories._collect_shard
+    monkeypatch.setattr(agd_lib.trajectories, "_collect_shard", lambda *args: begun.append(args[3]) or one_shard(*args))
+    collect(base, a_plan(), tmp_path / "store", batch_size=2, progress=False)
+    assert begun == [2]
+    assert contents(tmp_path / "store") == contents(collected)
+
+
 # Several processes -------------------------------------------------------------------------------------------------
 
 WORKER = """
