@@ -27,8 +27,9 @@ SETTINGS = "training.json"
 
 
 def has_fast_bfloat16() -> bool:
-    """Whether this processor has instructions for bfloat16; one without them computes in it a hundred times as slowly."""
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    """Whether this processor has instructions for bfloat16; without them it is many times slower than float32."""
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def next_batch(order: Tensor, count: int, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

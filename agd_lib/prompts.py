@@ -29,7 +29,7 @@ MAX_COCO_BYTES = 2**28
 
 
 def scene_prompts(count: int, seed: int) -> list[str]:
-    """Captions of the first ``count`` scenes with this seed (:mod:`agd_lib.scenes`), each with its own attributes left open."""
+    """Captions of the first ``count`` scenes with this seed (:mod:`agd_lib.scenes`); each says some attributes of its scene."""
     return [caption(draw_scene(seed, index)) for index in range(count)]
 
 

@@ -276,11 +276,12 @@ def _noted(folder: Path, shard: int) -> dict[str, Any] | None:
 
 
 def _list_shards(folder: Path) -> None:
-    """List in the manifest the shards that come next and are whole."""
+    """List in the manifest the planned shards that come next and are whole."""
     manifest = read_manifest(folder)
     shards = manifest["shards"]
     num_listed = len(shards)
-    while (entry := _noted(folder, len(shards))) is not None:
+    planned = _ceil_div(manifest["num_trajectories"], manifest["trajectories_per_shard"])
+    while len(shards) < planned and (entry := _noted(folder, len(shards))) is not None:
         shards.append(entry)
     if len(shards) > num_listed:
         _write_manifest(folder, manifest)

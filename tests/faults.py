@@ -16,7 +16,6 @@ import json
 import multiprocessing
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ class Job:
         run: begins the work in a folder, or goes on with it. kills_per_run: about so many kills fit into one run.
         finished: the units of work that a folder holds whole, each with what identifies its bytes.
         contents: everything that a finished folder must hold.
-        keeps_all: whether every finished unit stays; else newer ones may take the place of older ones.
+        keeps_all: whether every finished unit stays; else newer ones, whose names come later, may take their places.
     """
 
     run: Callable[[Path], None]
@@ -232,17 +232,11 @@ def _kill(process: Any) -> None:
     process.join()
 
 
+_empty_folder = partial(tempfile.TemporaryDirectory, prefix="agd-faults-", ignore_cleanup_errors=True)
+
+
 class Violation(Exception):
     """Something was lost, damaged, or done twice."""
-
-
-@contextmanager
-def _empty_folder(keep: bool = False) -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(prefix="agd-faults-"))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def torment(job: Job, kills: int, seed: int = 0) -> dict[str, Any]:
@@ -252,7 +246,8 @@ def torment(job: Job, kills: int, seed: int = 0) -> dict[str, Any]:
         Violation: if a unit that was finished is gone, was written again, or is damaged, or the end is another.
     """
     clock = random.Random(seed)
-    with _empty_folder() as folder:
+    with _empty_folder() as name:
+        folder = Path(name)
         start = time.monotonic()
         process = _begin(job, folder)
         process.join()
@@ -261,7 +256,8 @@ def torment(job: Job, kills: int, seed: int = 0) -> dict[str, Any]:
         duration, expected = time.monotonic() - start, job.contents(folder)
     killed = runs = 0
     while killed < kills:
-        with _empty_folder() as folder:
+        with _empty_folder() as name:
+            folder = Path(name)
             before: dict[str, Any] = {}
             while True:
                 process = _begin(job, folder)
@@ -274,8 +270,8 @@ def torment(job: Job, kills: int, seed: int = 0) -> dict[str, Any]:
                     _kill(process)
                     killed += 1
                 after = job.finished(folder)
-                again = [name for name, stamp in before.items() if job.keeps_all and after.get(name) != stamp]
-                if again or (before and not after):
+                again = [unit for unit, stamp in before.items() if job.keeps_all and after.get(unit) != stamp]
+                if again or max(after, default="") < max(before, default=""):
                     raise Violation(f"finished before the kill, and gone or written again: {again or list(before)}")
                 before = after
                 if ended:
@@ -325,7 +321,7 @@ def main() -> None:
     arguments = parser.parse_args()
     counts = {}
     with _empty_folder() as folder:
-        for number, (name, job) in enumerate(jobs(folder).items()):
+        for number, (name, job) in enumerate(jobs(Path(folder)).items()):
             share = arguments.kills // 10 if name == "reproduce" else -(-arguments.kills * 3 // 10)
             counts[name] = torment(job, share, arguments.seed + number)
             print(name, counts[name], flush=True)

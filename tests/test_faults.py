@@ -53,6 +53,23 @@ def test_work_that_is_done_twice_is_noticed() -> None:
         torment(careless, 3)
 
 
+def _count_from_one(folder: Path) -> None:
+    for number in range(1, 40):
+        for old in folder.glob("step-*"):
+            old.unlink()
+        (folder / f"step-{number:02d}").touch()
+        time.sleep(0.02)
+
+
+def test_a_checkpoint_that_goes_backward_is_noticed() -> None:
+    def finished(folder: Path) -> dict[str, object]:
+        return {path.name: None for path in folder.glob("step-*")}
+
+    forgetful = Job(_count_from_one, finished, lambda folder: list(finished(folder)), kills_per_run=2, keeps_all=False)
+    with pytest.raises(Violation, match="finished before the kill"):
+        torment(forgetful, 6)
+
+
 def test_another_end_is_noticed() -> None:
     def run(folder: Path) -> None:
         with open(folder / "log.json", "a") as file:

@@ -4,41 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from full_size_models import dit_xl
 
 from agd_lib import AdapterSet
 from agd_lib.adapters import ADAPTERS
 from agd_lib.base_models import DiTBase, count_flops
 from agd_lib.memory import GIB, MemorySettings, training_memory
+from agd_lib.project import ROOT
 from agd_lib.reproduce import load_profile
 
 BLOCKS, WIDTH = 28, 1152
-CONFIG = {
-    # transformer/config.json of facebook/DiT-XL-2-256
-    "activation_fn": "gelu-approximate",
-    "attention_bias": True,
-    "attention_head_dim": 72,
-    "dropout": 0.0,
-    "in_channels": 4,
-    "norm_elementwise_affine": False,
-    "norm_num_groups": 32,
-    "norm_type": "ada_norm_zero",
-    "num_attention_heads": 16,
-    "num_embeds_ada_norm": 1000,
-    "num_layers": BLOCKS,
-    "out_channels": 8,
-    "patch_size": 2,
-    "sample_size": 32,
-    "upcast_attention": False,
-}
 
 
 @pytest.fixture(scope="module")
 def xl() -> DiTBase:
-    with torch.device("meta"):
-        transformer = DiTTransformer2DModel(**CONFIG)
-        vae = AutoencoderKL()
-    return DiTBase(DiTPipeline(transformer, vae, DDIMScheduler(beta_schedule="linear")), "dit-xl-2-256")
+    return dit_xl()
 
 
 def test_parameters(xl: DiTBase) -> None:
@@ -56,6 +36,7 @@ def test_operations_of_one_forward_pass(xl: DiTBase) -> None:
     by_hand = 2 * (BLOCKS * per_block + ends)
     assert by_hand == pytest.approx(237.2e9, rel=1e-3)
     assert count_flops(xl) == by_hand
+    assert f"| {by_hand / 1e12:.3g} TFLOP |" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_one_site_in_every_block(xl: DiTBase) -> None:

@@ -2,79 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+import full_size_models
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    EulerDiscreteScheduler,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
 
 from agd_lib import AdapterSet
 from agd_lib.base_models import StableDiffusionBase, StableDiffusionXLBase, count_flops
 from agd_lib.memory import GIB, MemorySettings, training_memory
-
-COMMON: dict[str, Any] = {
-    "act_fn": "silu",
-    "center_input_sample": False,
-    "downsample_padding": 1,
-    "flip_sin_to_cos": True,
-    "freq_shift": 0,
-    "in_channels": 4,
-    "layers_per_block": 2,
-    "mid_block_scale_factor": 1,
-    "norm_eps": 1e-05,
-    "norm_num_groups": 32,
-    "out_channels": 4,
-    "use_linear_projection": True,
-}
-SD21 = COMMON | {
-    # unet/config.json of stable-diffusion-2-1
-    "attention_head_dim": [5, 10, 20, 20],
-    "block_out_channels": [320, 640, 1280, 1280],
-    "cross_attention_dim": 1024,
-    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-    "sample_size": 96,
-    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-    "upcast_attention": True,
-}
-SDXL = COMMON | {
-    # unet/config.json of stable-diffusion-xl-base-1.0
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "attention_head_dim": [5, 10, 20],
-    "block_out_channels": [320, 640, 1280],
-    "cross_attention_dim": 2048,
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-    "projection_class_embeddings_input_dim": 2816,
-    "sample_size": 128,
-    "transformer_layers_per_block": [1, 2, 10],
-    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-}
+from agd_lib.project import ROOT
 
 
 @pytest.fixture(scope="module")
 def sd21() -> StableDiffusionBase:
-    with torch.device("meta"):
-        unet, vae = UNet2DConditionModel(**SD21), AutoencoderKL()
-    scheduler = DDIMScheduler(prediction_type="v_prediction", steps_offset=1, clip_sample=False)
-    pipeline = StableDiffusionPipeline(vae, None, None, unet, scheduler, None, None, requires_safety_checker=False)
-    return StableDiffusionBase(pipeline, "sd21")
+    return full_size_models.sd21()
 
 
 @pytest.fixture(scope="module")
 def sdxl() -> StableDiffusionXLBase:
-    with torch.device("meta"):
-        unet, vae = UNet2DConditionModel(**SDXL), AutoencoderKL()
-    pipeline = StableDiffusionXLPipeline(
-        vae, None, None, None, None, unet, EulerDiscreteScheduler(), add_watermarker=False
-    )
-    return StableDiffusionXLBase(pipeline, "sdxl")
+    return full_size_models.sdxl()
 
 
 @pytest.mark.parametrize(
@@ -130,6 +75,7 @@ def test_the_papers_adapters(
 def test_operations_of_one_forward_pass(request: pytest.FixtureRequest, name: str, operations: float) -> None:
     base: StableDiffusionBase = request.getfixturevalue(name)
     assert count_flops(base) == pytest.approx(operations, rel=1e-3)
+    assert f"| {operations / 1e12:.3g} TFLOP |" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_every_kind_stays_within_the_papers_share(sd21: StableDiffusionBase) -> None:

@@ -730,6 +730,17 @@ def test_shards_that_are_whole_but_not_listed_are_taken_and_damaged_ones_are_mad
     assert contents(tmp_path / "store") == contents(collected)
 
 
+def test_a_shard_beyond_the_plan_is_not_listed(base: DiTBase, collected: Path, tmp_path: Path) -> None:
+    shutil.copytree(collected, tmp_path / "store")
+    stray = json.loads((collected / "manifest.json").read_text())["shards"][-1] | {"file": "shard-00003.safetensors"}
+    shutil.copy(tmp_path / "store" / "shard-00002.safetensors", tmp_path / "store" / stray["file"])
+    (tmp_path / "store" / "shard-00003.json").write_text(json.dumps(stray))
+    store = collect(base, a_plan(), tmp_path / "store", progress=False)
+    assert [shard["file"] for shard in store.manifest["shards"]] == [
+        f"shard-0000{number}.safetensors" for number in range(3)
+    ]
+
+
 # Several processes -------------------------------------------------------------------------------------------------
 
 WORKER = """
