@@ -30,14 +30,16 @@ from accelerate import Accelerator
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
+from .adapters import ADAPTERS
 from .attach import AdapterSet, default_card
-from .base_models import load_base
+from .base_models import BaseModel, StableDiffusionBase, load_base
 from .cycles import has_fast_bfloat16
 from .errors import AGDError
 from .evaluation import Evaluation, default_extractor, evaluate, load_reference
 from .guidance import AGD, CFG, Guidance, Unguided
 from .influence import influence_of
 from .project import DATA, ROOT, display_path
+from .prompts import scene_prompts
 from .results import Row, markdown_table, row_from_dict, summarise
 from .storage import read_json, write_json
 from .training import TrainingSettings, train
@@ -57,6 +59,23 @@ class Recipe:
     noise_ranges: int = 1
 
 
+@dataclass(frozen=True)
+class StudyPlan:
+    """What a study collects, trains and measures on a base model.
+
+    Attributes:
+        recipes: by the kind of adapters. scales: guidance scales to sample at.
+        guidance_range: w ~ U[w_min, w_max] in training. trajectories: to collect.
+        n: images for each measurement.
+    """
+
+    recipes: dict[str, Recipe]
+    scales: tuple[float, ...]
+    guidance_range: tuple[float, float]
+    trajectories: int
+    n: int
+
+
 _SETTINGS = TrainingSettings(2_000, 128, 4e-3, weighting="endpoint", optimizer="muon", max_grad_norm=1.0)
 
 RECIPES: dict[str, Recipe] = {
@@ -64,11 +83,30 @@ RECIPES: dict[str, Recipe] = {
     "cross-attention": Recipe(20, replace(_SETTINGS, num_steps=1_500)),
     "modulated": Recipe(19, replace(_SETTINGS, num_steps=12_000, learning_rate=6e-3), noise_ranges=2),
 }
-"""Sizes of at most 5 % of tiny-dit's parameters, and what trains them well in the time of an hour on two cores. The
+"""For tiny-dit: sizes of at most 5 % of its parameters, and what trains them well in the time of an hour on two cores. The
 paper's own settings are the defaults of :class:`~agd_lib.training.TrainingSettings`."""
 
-SCALES = (1.5, 2.0, 2.5, 3.0, 4.0, 6.0)
+PLANS: dict[str, StudyPlan] = {
+    "tiny-dit": StudyPlan(RECIPES, (1.5, 2.0, 2.5, 3.0, 4.0, 6.0), (1.0, 6.0), trajectories=24_000, n=1_700),
+}
 SEEDS = (0, 1, 2)
+
+TRAINING_PROMPTS, MEASURING_PROMPTS = 10, 20
+"""Seeds of the prompts that text-to-image models are given: of those in training, and of the first seed's in measuring."""
+
+
+def training_conditions(base: BaseModel, trajectories: int) -> tuple[Any, ...]:
+    """Every class; or one prompt for each trajectory, as in the paper."""
+    if isinstance(base, StableDiffusionBase):
+        return tuple(scene_prompts(trajectories, TRAINING_PROMPTS))
+    return tuple(base.all_conditions())
+
+
+def measuring_conditions(base: BaseModel, n: int, seed: int) -> list[Any]:
+    """What the images are asked to show: every class in turn; or prompts that no training saw, others for each seed."""
+    if isinstance(base, StableDiffusionBase):
+        return scene_prompts(n, MEASURING_PROMPTS + seed)
+    return base.all_conditions()
 
 
 @dataclass(frozen=True)
@@ -87,7 +125,7 @@ def train_unit(base_name: str, run: Path, kind: str, seed: int) -> None:
         StudyError: if adapters are there that were made in another way.
     """
     folder = run / "adapters" / f"{kind}-seed{seed}"
-    base, store, recipe = load_base(base_name), TrajectoryStore(run / "trajectories"), RECIPES[kind]
+    base, store, recipe = load_base(base_name), TrajectoryStore(run / "trajectories"), PLANS[base_name].recipes[kind]
     inputs = {
         "base": base.fingerprint(),
         "hidden_size": recipe.hidden_size,
@@ -141,6 +179,7 @@ def measure_unit(base_name: str, run: Path, unit: Unit, n: int, num_inference_st
             cfg_latents=cfg.latents if cfg else None,
             progress=False,
             keep=run / "rows",
+            conditions=measuring_conditions(base, n, unit.seed),
         )
 
     unguided = measure(Unguided())
@@ -204,40 +243,44 @@ def ship(run: Path, rows: Sequence[Row], kinds: Sequence[str], seed: int, folder
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("base")
+    parser.add_argument("base", choices=list(PLANS))
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--ship", type=Path, default=None, help="folder for the trained adapters")
     parser.add_argument("--gate", action="store_true", help="unguided and CFG only")
-    parser.add_argument("--kinds", nargs="+", default=list(RECIPES), choices=list(RECIPES))
-    parser.add_argument("--scales", nargs="+", type=float, default=list(SCALES))
+    parser.add_argument("--kinds", nargs="+", default=list(ADAPTERS), choices=list(ADAPTERS))
+    parser.add_argument("--scales", nargs="+", type=float, default=None, help="by default the base model's own")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
-    parser.add_argument("--n", type=int, default=1_700, help="images per scale and seed")
+    parser.add_argument(
+        "--n", type=int, default=None, help="images per scale and seed; by default the base model's own"
+    )
     parser.add_argument("--steps", type=int, default=20, help="sampler steps")
-    parser.add_argument("--trajectories", type=int, default=24_000)
     parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
     arguments = parser.parse_args()
+    study = PLANS[arguments.base]
+    scales, n = arguments.scales or study.scales, arguments.n or study.n
     start = time.perf_counter()
-    run, common = arguments.run, (arguments.n, arguments.steps)
+    run, common = arguments.run, (n, arguments.steps)
 
     def measured(label: str, units: Iterable[Unit]) -> list[Row]:
         return _in_parallel(arguments.workers, label, measure_unit, [(arguments.base, run, u, *common) for u in units])
 
     rows = measured("unguided", [Unit("unguided", 1.0, seed) for seed in arguments.seeds])
-    rows += measured("CFG", [Unit("cfg", scale, seed) for scale in arguments.scales for seed in arguments.seeds])
+    rows += measured("CFG", [Unit("cfg", scale, seed) for scale in scales for seed in arguments.seeds])
     if not arguments.gate:
         base = load_base(arguments.base)
         plan = CollectionPlan(
-            tuple(base.all_conditions()),
-            arguments.trajectories,
+            training_conditions(base, study.trajectories),
+            study.trajectories,
+            study.guidance_range,
             num_inference_steps=arguments.steps,
             trajectories_per_shard=1_000,
         )
         influence_of(base, collect(base, plan, run / "trajectories"))  # once, before two workers want it
-        longest_first = sorted(arguments.kinds, key=lambda kind: -RECIPES[kind].settings.num_steps)
+        longest_first = sorted(arguments.kinds, key=lambda kind: -study.recipes[kind].settings.num_steps)
         trainings = [(arguments.base, run, kind, seed) for kind in longest_first for seed in arguments.seeds]
         _in_parallel(arguments.workers, "train", train_unit, trainings)
-        students = itertools.product(arguments.kinds, arguments.scales, arguments.seeds)
+        students = itertools.product(arguments.kinds, scales, arguments.seeds)
         rows += measured("AGD", itertools.starmap(Unit, students))
     command = "python -m agd_lib.study " + shlex.join(sys.argv[1:])
     write_study(arguments.results, rows, command, time.perf_counter() - start)
