@@ -1,4 +1,4 @@
-"""Every widget of the notebooks: sliders over pictures that were drawn beforehand.
+"""Every widget of the notebooks: sliders over pictures that were drawn beforehand, and a box to ask for new ones.
 
 A widget needs a live kernel, so a notebook always shows a static figure as well; what these classes print where there
 are no widgets says so.
@@ -7,7 +7,7 @@ are no widgets says so.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from typing import Any
 
@@ -111,4 +111,53 @@ class PictureBrowser(widgets.VBox):
         bundle["text/plain"] = (
             f"[sliders {names}: run this notebook to move them; a figure without them is beside this]"
         )
+        return bundle
+
+
+class PromptBox(widgets.VBox):
+    """A text box for a prompt and a slider for the guidance scale; what they ask for is drawn anew when either changes.
+
+    Args:
+        draw: ``draw(prompt, scale)`` gives a PNG file.
+        prompt, scale: drawn at first. scales: the slider's ends.
+
+    Attributes:
+        text, slider: setting their ``value`` draws. picture: the ``widgets.Image`` shown.
+    """
+
+    def __init__(
+        self, draw: Callable[[str, float], bytes], prompt: str, scale: float, scales: tuple[float, float]
+    ) -> None:
+        self.draw = draw
+        style = {"description_width": "110px"}
+        self.text = widgets.Text(
+            value=prompt,
+            description="prompt",
+            continuous_update=False,
+            style=style,
+            layout=widgets.Layout(width="640px"),
+        )
+        self.slider = widgets.FloatSlider(
+            value=scale,
+            min=scales[0],
+            max=scales[1],
+            step=0.5,
+            description="guidance scale",
+            continuous_update=False,
+            style=style,
+            layout=widgets.Layout(width="480px"),
+        )
+        self.picture = widgets.Image(format="png", layout=widgets.Layout(max_width="100%"))
+        for control in (self.text, self.slider):
+            control.observe(self._show, names="value")
+        super().__init__([self.text, self.slider, self.picture])
+        self._show()
+
+    def _show(self, change: Any = None) -> None:
+        self.picture.value = self.draw(self.text.value, self.slider.value)
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
+        """What is stored in a notebook: the widget, and in its place, where no kernel runs, a sentence."""
+        bundle: dict[str, Any] = super()._repr_mimebundle_(**kwargs)
+        bundle["text/plain"] = "[a text box and a slider: run this notebook to ask for pictures of your own]"
         return bundle

@@ -243,6 +243,84 @@ def adapter_sites(blocks: int, width: int, hidden_size: int, kind: str = "offset
     return figure
 
 
+def unet_sites(num_down: int, num_up: int, sites: Mapping[str, int], passed_over: Sequence[str] = ()) -> Figure:
+    """A UNet as a U: how many adapters every block has, and at which width.
+
+    Args:
+        num_down, num_up: numbers of its blocks on the way down and up.
+        sites: C, the width, by the name of the attention layer (as in ``AdapterConfig.sites``).
+        passed_over: sites that the authors' code leaves without an adapter.
+    """
+    grey, red = "#444444", COLOURS["agd modulated"]
+    depth = max(num_down, num_up)
+    figure, axis = plt.subplots(figsize=(8.5, 1.0 * depth + 1.4))
+    axis.set_xlim(0, 10)
+    axis.set_ylim(-depth - 0.75, 0.55)
+    axis.axis("off")
+    places = {f"down_blocks.{i}": (2.2, -float(i)) for i in range(num_down)}
+    places |= {"mid_block": (5.0, -float(depth))}
+    places |= {f"up_blocks.{i}": (7.8, -float(num_up - 1 - i)) for i in range(num_up)}
+    for block, (x, y) in places.items():
+        own = [name for name in sites if name.startswith(f"{block}.")]
+        width = f", {sites[own[0]]} channels" if own else ""
+        axis.add_patch(
+            FancyBboxPatch(
+                (x - 1.5, y - 0.3), 3.0, 0.6, boxstyle="round,pad=0.05", fc="#fbdcc4" if own else "#dde6f2", ec=grey
+            )
+        )
+        skipped = sum(name in passed_over for name in own)
+        said = f"{len(own)} adapter{'s' * (len(own) != 1)}{width}" if own else "no attention"
+        if skipped:
+            said += f" ({skipped} not in theirs)"
+        axis.text(x, y + 0.11, block, ha="center", va="center", fontsize=8.5)
+        axis.text(x, y - 0.15, said, ha="center", va="center", fontsize=7.5, color=red if own else grey)
+    order = list(places)
+    for one, other in itertools.pairwise(order):
+        (x0, y0), (x1, y1) = places[one], places[other]
+        start, end = ((x0, y0 - 0.35), (x1, y1 + 0.35)) if x0 == x1 == 2.2 else ((x0, y0 + 0.35), (x1, y1 - 0.35))
+        if "mid_block" in (one, other):
+            start, end = (
+                ((x0, y0 - 0.35), (x1 - 1.55, y1)) if other == "mid_block" else ((x0 + 1.55, y0), (x1, y1 - 0.35))
+            )
+        axis.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": grey, "linewidth": 1.2})
+    for i in range(min(num_down, num_up)):
+        y = places[f"down_blocks.{i}"][1]
+        axis.annotate("", (6.2, y), (3.8, y), arrowprops={"arrowstyle": "-|>", "color": "#999999", "linestyle": "--"})
+    axis.text(5.0, 0.18, "skip connections", ha="center", fontsize=7.5, color="#777777")
+    figure.tight_layout()
+    plt.close(figure)
+    return figure
+
+
+def memory_bars(memories: Mapping[str, Mapping[str, float]], cards: Sequence[float], title: str = "") -> Figure:
+    """What a training step takes of a card's memory, a bar for each way to train, and what cards there are.
+
+    Args:
+        memories: way -> part -> GiB; the parts are stacked.
+        cards: memory of cards in GiB, drawn as lines.
+    """
+    figure, axis = plt.subplots(figsize=(8.5, 0.5 * len(memories) + 1.6))
+    names = list(memories)
+    left = np.zeros(len(names))
+    for part in dict.fromkeys(itertools.chain(*memories.values())):
+        sizes = np.array([memories[name].get(part, 0.0) for name in names])
+        axis.barh(names, sizes, left=left, label=part, height=0.6)
+        left += sizes
+    for end, row in zip(left, range(len(names))):
+        axis.text(end + 0.2, row, f"{end:.1f}", va="center", fontsize=8)
+    for card in cards:
+        axis.axvline(card, color="#444444", linestyle=":", linewidth=1)
+        axis.text(card, -0.75, f"{card:g}", ha="center", fontsize=8, color="#444444")
+    axis.invert_yaxis()
+    axis.set_ylim(len(names) - 0.4, -0.95)
+    axis.set_xlabel("GiB (dotted: cards)")
+    axis.legend(fontsize=8, loc="lower right")
+    axis.set_title(title, fontsize=11)
+    figure.tight_layout()
+    plt.close(figure)
+    return figure
+
+
 def loss_curves(losses: Mapping[str, Mapping[int, float]], window: int = 25) -> Figure:
     """Training losses over steps, on a log axis: every batch faintly, and the mean of the last ``window`` of them.
 

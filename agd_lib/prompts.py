@@ -68,6 +68,21 @@ def read_prompts(path: str | Path, base: StableDiffusionBase | None = None) -> l
     return prompts
 
 
+def prompts_from(source: str, count: int, seed: int, base: StableDiffusionBase | None = None) -> list[str]:
+    """Prompts by one word: ``"scenes"`` (:func:`scene_prompts`), ``"coco"`` (:func:`coco_prompts`), or a file's, all of them.
+
+    Args:
+        source: one of the two, or a path for :func:`read_prompts`. count, seed: of the first two.
+        base: see :func:`read_prompts`.
+
+    Raises:
+        PromptError: as the three functions do.
+    """
+    if source == "scenes":
+        return scene_prompts(count, seed)
+    return coco_prompts(count, seed) if source == "coco" else read_prompts(source, base)
+
+
 def _problem(prompt: str, base: StableDiffusionBase | None) -> str | None:
     """What is wrong with a line; None if it is a prompt."""
     if not prompt:

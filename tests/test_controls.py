@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from agd_lib.controls import PictureBrowser, figure_png, images_png
+from agd_lib.controls import PictureBrowser, PromptBox, figure_png, images_png
 
 AXES = {"scale": ["w = 1", "w = 2", "w = 4"], "step": ["0", "1"]}
 
@@ -98,3 +98,19 @@ def test_figures_keep_their_size_from_picture_to_picture():
         sizes.add(Image.open(io.BytesIO(figure_png(figure, dpi=50))).size)
     assert sizes == {(150, 100)}
     assert base64.b64encode(figure_png(figure))[:4] == b"iVBO"  # a PNG file
+
+
+def test_a_prompt_and_a_scale_are_drawn_whenever_either_changes():
+    asked = []
+
+    def draw(prompt, scale):
+        asked.append((prompt, scale))
+        return picture(len(asked))
+
+    box = PromptBox(draw, "a red star", 3.0, (1.0, 12.0))
+    first = box.picture.value
+    box.text.value = "a blue ring"
+    box.slider.value = 7.5
+    assert asked == [("a red star", 3.0), ("a blue ring", 3.0), ("a blue ring", 7.5)]
+    assert box.picture.value != first
+    assert "run this notebook" in box._repr_mimebundle_()["text/plain"]

@@ -90,3 +90,25 @@ def test_figures_of_the_plane_have_a_panel_for_each_scale_and_level() -> None:
         assert len(figure.axes) == panels
     ends = figures.guided_path_panels(world, 0, paths, show=10).axes[1].collections[-1].get_offsets()
     assert torch.equal(torch.as_tensor(ends.data), paths[3.0][-1, :10])
+
+
+def test_a_unet_shows_how_many_adapters_every_block_has() -> None:
+    sites = {"down_blocks.0.a.attn2": 32, "mid_block.a.attn2": 64, "up_blocks.1.a.attn2": 32, "up_blocks.1.b.attn2": 32}
+    (axis,) = figures.unet_sites(2, 2, sites, passed_over=["up_blocks.1.b.attn2"]).axes
+    said = [text.get_text() for text in axis.texts]
+    by_block = {said[i]: said[i + 1] for i in range(len(said) - 1) if "block" in said[i]}
+    assert by_block == {
+        "down_blocks.0": "1 adapter, 32 channels",
+        "down_blocks.1": "no attention",
+        "mid_block": "1 adapter, 64 channels",
+        "up_blocks.0": "no attention",
+        "up_blocks.1": "2 adapters, 32 channels (1 not in theirs)",
+    }
+
+
+def test_bars_of_memory_are_as_long_as_their_parts_together() -> None:
+    memories = {"float32": {"weights": 10.0, "adapters": 2.0}, "bfloat16": {"weights": 5.0, "adapters": 2.0}}
+    (axis,) = figures.memory_bars(memories, (8, 24), "title").axes
+    ends = [max(patch.get_x() + patch.get_width() for patch in axis.patches if patch.get_y() < row < patch.get_y() + 0.6) for row in (0, 1)]  # fmt: skip
+    assert ends == [12.0, 7.0]
+    assert [line.get_xdata()[0] for line in axis.lines] == [8, 24]

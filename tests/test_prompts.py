@@ -16,7 +16,7 @@ from small_text_models import build_sd_pipeline
 import agd_lib.prompts as prompts
 from agd_lib.base_models import StableDiffusionBase, base_from_pipeline
 from agd_lib.errors import PromptError
-from agd_lib.prompts import COCO_MEMBER, coco_prompts, read_prompts, scene_prompts
+from agd_lib.prompts import COCO_MEMBER, coco_prompts, prompts_from, read_prompts, scene_prompts
 from agd_lib.scenes import asked, draw_scene, read_caption
 
 # Scenes ------------------------------------------------------------------------------------------------------------
@@ -153,3 +153,13 @@ def test_without_a_network_the_way_out_is_told(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(prompts, "download_url", refuse)
     with pytest.raises(PromptError, match=r"could not fetch COCO's captions .*no network.* Fetch that file to .*zip"):
         coco_prompts(1, folder=tmp_path)
+
+
+def test_prompts_by_one_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompts, "coco_prompts", lambda count, seed: [f"caption of {seed}"] * count)
+    (tmp_path / "mine.txt").write_text("a cat\na dog\na horse\n")
+    assert prompts_from("scenes", 3, 7) == scene_prompts(3, 7)
+    assert prompts_from("coco", 3, 7) == ["caption of 7"] * 3
+    assert prompts_from(str(tmp_path / "mine.txt"), 2, 7) == ["a cat", "a dog", "a horse"]
+    with pytest.raises(PromptError, match="no prompts at nothing"):
+        prompts_from("nothing", 2, 7)
