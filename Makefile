@@ -1,6 +1,6 @@
 # Needs python3.11 (or a newer python3) with venv, and GNU make. `make` alone says what there is.
 PROFILE ?= cpu
-BASE    ?= tiny-dit
+BASE    ?= tiny-dit tiny-sd21 tiny-sdxl
 PYTHON  ?= $(firstword $(foreach name,python3.11 python3,$(if $(shell $(name) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo yes),$(name))))
 
 VENV  := .venv
@@ -15,9 +15,10 @@ help:
 	@echo 'make setup                                    the environment, in $(VENV)'
 	@echo 'make lab                                      JupyterLab on notebooks/00_start_here.ipynb'
 	@echo 'make reproduce                                every notebook, everything retrained, on 2 CPU cores'
+	@echo 'make reproduce BASE=tiny-dit                  one of the small base models: tiny-dit, tiny-sd21, tiny-sdxl'
 	@echo 'make reproduce PROFILE=paper BASE=dit-xl-2-256    the same at the size of the paper, on a 24 GB GPU'
 	@echo 'make test                                     everything that CI runs'
-	@echo 'make bench                                    seconds per image, AGD against CFG'
+	@echo 'make bench                                    seconds per image, AGD against CFG; kept in runs/speed.json'
 	@echo 'make notebooks                                the committed notebooks again, outputs renewed'
 	@echo 'make lock                                     requirements.lock again, from the versions in pyproject.toml (needs uv)'
 	@echo 'make clean                                    remove caches and runs/default, runs/smoke (never runs/cpu or runs/paper)'
@@ -60,7 +61,8 @@ lab: setup
 	$(BIN)/jupyter lab notebooks/00_start_here.ipynb
 
 bench: setup
-	$(BIN)/python -m pytest tests/benchmarks --benchmark-only
+	@mkdir -p runs
+	$(BIN)/python -m pytest tests/benchmarks --benchmark-only --benchmark-json runs/speed.json
 
 notebooks: setup
 	$(BIN)/python -m agd_lib.reproduce --in-place

@@ -50,6 +50,8 @@ class KnownBase:
 
 KNOWN_BASES: dict[str, KnownBase] = {
     "tiny-dit": KnownBase(str(DATA / "tiny-dit"), licence="MIT"),
+    "tiny-sd21": KnownBase(str(DATA / "tiny-sd21"), licence="MIT"),
+    "tiny-sdxl": KnownBase(str(DATA / "tiny-sdxl"), licence="MIT"),
     # The main revision holds pickled weights only; this one holds the same weights as safetensors.
     "dit-xl-2-256": KnownBase("facebook/DiT-XL-2-256", "refs/pr/1", "CC-BY-NC-4.0"),
     # A mirror: the repository of the model's makers was withdrawn.

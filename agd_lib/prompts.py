@@ -14,7 +14,7 @@ from torchvision.datasets.utils import download_url
 
 from .base_models import StableDiffusionBase
 from .errors import PromptError
-from .project import RUNS
+from .project import RUNS, repository_path
 from .scenes import caption, draw_scene
 
 COCO_URL = "http://images.cocodataset.org/annotations/annotations_trainval2017.zip"
@@ -72,7 +72,7 @@ def prompts_from(source: str, count: int, seed: int, base: StableDiffusionBase |
     """Prompts by one word: ``"scenes"`` (:func:`scene_prompts`), ``"coco"`` (:func:`coco_prompts`), or a file's, all of them.
 
     Args:
-        source: one of the two, or a path for :func:`read_prompts`. count, seed: of the first two.
+        source: one of the two, or a path for :func:`read_prompts`, from the repository. count, seed: of the first two.
         base: see :func:`read_prompts`.
 
     Raises:
@@ -80,7 +80,7 @@ def prompts_from(source: str, count: int, seed: int, base: StableDiffusionBase |
     """
     if source == "scenes":
         return scene_prompts(count, seed)
-    return coco_prompts(count, seed) if source == "coco" else read_prompts(source, base)
+    return coco_prompts(count, seed) if source == "coco" else read_prompts(repository_path(source), base)
 
 
 def _problem(prompt: str, base: StableDiffusionBase | None) -> str | None:

@@ -1,16 +1,11 @@
-"""What came of a run, for reading: a page of one self-contained HTML file, and the table in the README.
-
-python -m agd_lib.report --readme     puts data/results/tiny-dit.json into README.md
-"""
+"""What came of a run, for reading: a page of one self-contained HTML file."""
 
 from __future__ import annotations
 
-import argparse
 import base64
 import html
 import io
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,14 +19,12 @@ from nbformat import NotebookNode
 
 from .errors import AGDError
 from .figures import COLOURS
-from .project import DATA, ROOT, display_path
 from .results import Row, Summary, best_scale, markdown_table, summarise
 from .storage import read_json, writing
-from .study import read_study
 
 
 class ReportError(AGDError):
-    """A run's own description is damaged, or the README has no place for its table."""
+    """A run's own description is damaged."""
 
 
 STYLE = """
@@ -312,52 +305,3 @@ def _formula(tex: str) -> str:
     encoded = base64.b64encode(picture.getvalue()).decode()
     place = f"height:{height / size:.2f}em;vertical-align:{-depth / size:.2f}em"
     return f"<img style='display:inline;{place}' alt='{html.escape(tex, quote=True)}' src='data:image/svg+xml;base64,{encoded}'>"
-
-
-# README -------------------------------------------------------------------------------------------------------------------
-
-RESULTS = DATA / "results" / "tiny-dit.json"
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
-
-
-def readme_with_results(readme: str, results: Path = RESULTS) -> str:
-    """The README's text with everything between its two marks replaced by the table of a study.
-
-    Raises:
-        ReportError: if the marks are not there, once each and in order.
-    """
-    parts = re.split(f"{re.escape(BEGIN)}|{re.escape(END)}", readme)
-    if len(parts) != 3 or readme.index(BEGIN) > readme.index(END):
-        raise ReportError(f"the README must hold {BEGIN} and {END}, once each and in this order")
-    about, rows = read_json(results, ReportError, "study"), read_study(results)
-    row = rows[0]
-    text = (
-        f"{Path(row.base).name}, {row.steps} sampler steps, mean ± standard deviation over seeds. FD is a Frechet distance in "
-        f"the features of {row.extractor}, not an FID. Endpoint error is MSE(this, CFG) / MSE(unguided, CFG) over final "
-        f"latents from the same noise: 0 is CFG itself, 1 is no better than no guidance. Every row comes from "
-        f"`{about['command']}` and is kept in [`{display_path(results)}`]({display_path(results)}).\n\n"
-        f"{markdown_table(rows)}"
-    )
-    return f"{parts[0]}{BEGIN}\n{text}\n{END}{parts[2]}"
-
-
-def main() -> int:
-    """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m agd_lib.report", description="Renew the README's table of results."
-    )
-    parser.add_argument("--readme", action="store_true", required=True, help="write the table into README.md")
-    parser.parse_args()
-    path = ROOT / "README.md"
-    try:
-        text = readme_with_results(path.read_text(encoding="utf-8"))
-        with writing(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-    except AGDError as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

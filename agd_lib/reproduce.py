@@ -1,7 +1,8 @@
 """Runs the notebooks headless, one after another, and gathers what they measured.
 
-    python -m agd_lib.reproduce --profile cpu --base tiny-dit     the main job (``make reproduce``)
-    python -m agd_lib.reproduce --in-place                        the committed notebooks again, with their own defaults
+    python -m agd_lib.reproduce                        the main job (``make reproduce``): the small base models
+    python -m agd_lib.reproduce --base tiny-dit        one of them
+    python -m agd_lib.reproduce --in-place             the committed notebooks again, with their own defaults
 
 A run is a folder, ``runs/<profile>``::
 
@@ -89,6 +90,13 @@ class Notebook:
     makes: tuple[str, ...] = ()
 
 
+_MADE_IN_TRAINING = ("trajectories", "held-out-trajectories", "checkpoints", "adapters")
+
+
+def _evaluation(training: str) -> Notebook:
+    return Notebook("06_evaluate_fid", needs=(training,), makes=("results.json", "measurements"))
+
+
 LANES: dict[str, tuple[Notebook, ...]] = {
     "dit": (
         Notebook("00_start_here"),
@@ -99,25 +107,34 @@ LANES: dict[str, tuple[Notebook, ...]] = {
             needs=("02_collect_trajectories",),
             makes=("held-out-trajectories", "checkpoints", "adapters", "training.json"),
         ),
-        Notebook("06_evaluate_fid", needs=("03_train_dit_adapters",), makes=("results.json", "measurements")),
+        _evaluation("03_train_dit_adapters"),
     ),
+    "sd21": (Notebook("04_train_sd21_adapters", makes=_MADE_IN_TRAINING), _evaluation("04_train_sd21_adapters")),
+    "sdxl": (Notebook("05_train_sdxl_adapters", makes=_MADE_IN_TRAINING), _evaluation("05_train_sdxl_adapters")),
 }
 """The notebooks that serve each kind of base model, in the order in which they run."""
 
-LANE_OF_BASE: dict[str, str] = {"tiny-dit": "dit", "dit-xl-2-256": "dit"}
-"""The lane of each base model with a short name. Any other base model (a folder, a hub id) takes the first lane."""
+LANE_OF_BASE: dict[str, str] = {
+    "tiny-dit": "dit",
+    "dit-xl-2-256": "dit",
+    "tiny-sd21": "sd21",
+    "sd21": "sd21",
+    "tiny-sdxl": "sdxl",
+    "sdxl": "sdxl",
+}
+"""The lane of each base model with a short name; the profile of any other one (a folder, a hub id) tells it."""
 
 
 FILES: dict[str, str] = {
     "reference": "real images (a folder), or their statistics (an .npz file)",
     "real_images": "a folder of real images",
+    "prompts": "a text file with one prompt a line",
 }
 """Parameters of notebooks that name files of the user's."""
 
 
-def lane_of(base: str) -> tuple[Notebook, ...]:
-    """The notebooks that serve a base model."""
-    return LANES[LANE_OF_BASE.get(base, next(iter(LANES)))]
+SMALL_BASES = ("tiny-dit", "tiny-sd21", "tiny-sdxl")
+"""What is run if no base model is named: the small ones that the repository ships."""
 
 
 def folder_name(base: str) -> str:
@@ -133,6 +150,7 @@ class Profile:
         name: such as ``"cpu"``. base: name of the base model.
         parameters: papermill parameters; each notebook gets those that it declares.
         minutes, disk_mib, memory_mib: expected cost of the whole run.
+        lane: the notebooks that serve the base model, a name in :data:`LANES`.
         exceptions: parameters for one notebook alone, by its number; they go before the others.
     """
 
@@ -142,6 +160,7 @@ class Profile:
     minutes: float
     disk_mib: float
     memory_mib: float
+    lane: str = "dit"
     exceptions: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def parameters_for(self, notebook: str) -> dict[str, Any]:
@@ -176,8 +195,12 @@ def load_profile(name: str, base: str, path: Path | None = None) -> Profile:
         )
     if not all(isinstance(expected[cost], int | float) and expected[cost] >= 0 for cost in costs):
         raise ReproduceError(f"{display_path(path)}: the numbers under 'expected' must not be negative: {expected}")
+    lane = values.pop("lane", LANE_OF_BASE.get(base, "dit"))
+    if lane not in LANES:
+        raise ReproduceError(f"{display_path(path)} gives lane: {lane!r}, expected one of: {', '.join(LANES)}")
     exceptions = {str(key): values.pop(key) for key, value in list(values.items()) if isinstance(value, dict)}
-    return Profile(name, base, values, **{cost: float(expected[cost]) for cost in costs}, exceptions=exceptions)
+    minutes, disk_mib, memory_mib = (float(expected[cost]) for cost in costs)
+    return Profile(name, base, values, minutes, disk_mib, memory_mib, lane, exceptions)
 
 
 def declared_parameters(path: Path) -> set[str]:
@@ -522,7 +545,9 @@ def _check_files(profile: Profile) -> None:
     """Refuse a profile that names images which are not there: the notebook that needs them would find out in the end."""
     given = [profile.parameters, *profile.exceptions.values()]
     for name, what in FILES.items():
-        for path in {str(values[name]) for values in given if values.get(name) not in (None, "", "shapes")}:
+        for path in {
+            str(values[name]) for values in given if values.get(name) not in (None, "", "shapes", "scenes", "coco")
+        }:
             if not repository_path(path).exists():
                 raise ReproduceError(
                     f"the profile {profile.name} for {profile.base} names {path} as {name}, and there is no such file or "
@@ -546,6 +571,16 @@ def _existing(folder: Path, notebook: Notebook) -> Path:
     if not path.is_file():
         raise ReproduceError(f"no notebook at {display_path(path)}")
     return path
+
+
+def _announce_all(profiles: Sequence[Profile]) -> None:
+    """Say what several base models will cost together."""
+    if len(profiles) > 1:
+        minutes, disk = (sum(getattr(profile, cost) for profile in profiles) for cost in ("minutes", "disk_mib"))
+        _say(
+            f"{len(profiles)} base models one after another ({', '.join(profile.base for profile in profiles)}): about "
+            f"{format_seconds(60 * minutes)} and {disk:,.0f} MiB in all\n"
+        )
 
 
 def _announce(profile: Profile, run: Path, count: int) -> None:
@@ -668,7 +703,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m agd_lib.reproduce", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--profile", default="cpu", help="smoke (seconds), cpu (the whole experiment) or paper (a GPU)")
-    parser.add_argument("--base", default="tiny-dit", help="a short name, a folder, or a hub id")
+    parser.add_argument("--base", nargs="+", default=list(SMALL_BASES), help="short names, folders, or hub ids")
     parser.add_argument(
         "--parameters", type=Path, help="another profile file than notebooks/profiles/<base>.<profile>.yaml"
     )
@@ -683,10 +718,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             execute_in_place(only=options.only)
             return 0
         root = options.run_dir.resolve() if options.run_dir else repository_path(f"runs/{options.profile}")
-        profile = load_profile(options.profile, options.base, options.parameters)
-        outcomes = reproduce(
-            profile, lane_of(options.base), root, only=options.only, force=options.force, command=command.strip()
-        )
+        if options.parameters and len(options.base) > 1:
+            raise ReproduceError(f"got --parameters for {len(options.base)} base models, expected one: give its --base")
+        profiles = [load_profile(options.profile, base, options.parameters) for base in options.base]
+        with_one = [profile for profile in profiles if any(_wanted(n.name, options.only) for n in LANES[profile.lane])]
+        _announce_all(with_one)
+        outcomes = []
+        for profile in with_one or profiles[:1]:
+            outcomes += reproduce(
+                profile, LANES[profile.lane], root, only=options.only, force=options.force, command=command.strip()
+            )
         rows = merge_results(root)
         report = write_report(root, rows)
     except AGDError as error:

@@ -86,8 +86,26 @@ RECIPES: dict[str, Recipe] = {
 """For tiny-dit: sizes of at most 5 % of its parameters, and what trains them well in the time of an hour on two cores. The
 paper's own settings are the defaults of :class:`~agd_lib.training.TrainingSettings`."""
 
+_TEXT: tuple[tuple[float, ...], tuple[float, float], int, int] = ((2.0, 3.0, 5.0, 8.0), (1.0, 12.0), 8_000, 1_000)
+
 PLANS: dict[str, StudyPlan] = {
     "tiny-dit": StudyPlan(RECIPES, (1.5, 2.0, 2.5, 3.0, 4.0, 6.0), (1.0, 6.0), trajectories=24_000, n=1_700),
+    "tiny-sd21": StudyPlan(
+        {
+            "offset": Recipe(44, _SETTINGS),
+            "cross-attention": Recipe(40, _SETTINGS),
+            "modulated": Recipe(48, _SETTINGS, noise_ranges=2),
+        },
+        *_TEXT,
+    ),
+    "tiny-sdxl": StudyPlan(
+        {
+            "offset": Recipe(28, _SETTINGS),
+            "cross-attention": Recipe(24, _SETTINGS),
+            "modulated": Recipe(28, _SETTINGS, noise_ranges=2),
+        },
+        *_TEXT,
+    ),
 }
 SEEDS = (0, 1, 2)
 

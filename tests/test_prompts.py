@@ -161,5 +161,5 @@ def test_prompts_by_one_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert prompts_from("scenes", 3, 7) == scene_prompts(3, 7)
     assert prompts_from("coco", 3, 7) == ["caption of 7"] * 3
     assert prompts_from(str(tmp_path / "mine.txt"), 2, 7) == ["a cat", "a dog", "a horse"]
-    with pytest.raises(PromptError, match="no prompts at nothing"):
+    with pytest.raises(PromptError, match=r"no prompts at .*nothing"):
         prompts_from("nothing", 2, 7)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -11,11 +13,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from small_text_models import build_sdxl_pipeline
 
 from agd_lib import AdapterSet, base_from_pipeline
-from agd_lib.project import ROOT
+from agd_lib.project import DATA, ROOT
+from agd_lib.readme import TABLES, ReadmeError, marks, with_tables
 from agd_lib.reproduce import declared_parameters
 
 
@@ -119,3 +123,55 @@ def test_the_profiles_and_files_that_are_named_exist() -> None:
         assert (ROOT / path).exists() or path == "notebooks/profiles/my-pipeline.cpu.yaml", path
     for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / link).exists(), link
+
+
+def test_what_the_papers_runs_cost_follows_from_their_operations() -> None:
+    rows = re.findall(
+        r"^\| [^|]*?([\d,]+)(?: trajectories)? of ([\d,]+)(?: steps)?, (\d+) x ([\d,]+)(?: states)? \| ([\d.]+) TFLOP "
+        r"\| ([\d.]+) M passes \| ([\d.]+) M passes \| (\d+) h \+ ([\d.]+) h \|$",
+        README,
+        re.MULTILINE,
+    )
+    assert len(rows) == 3
+    for row in rows:
+        trajectories, steps, batch, updates = (int(cell.replace(",", "")) for cell in row[:4])
+        teraflop, collection, training, collection_hours, training_hours = map(float, row[4:])
+        passes = 2 * trajectories * steps, 3 * batch * updates
+        assert [collection, training] == [round(count / 1e6, digits) for count, digits in zip(passes, (1, 2))]
+        hours = [count * teraflop / 40 / 3600 for count in passes]
+        assert collection_hours == round(hours[0]) and training_hours == round(hours[1], 1)
+
+
+def test_the_tables_are_those_of_their_files() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert with_tables(text) == text, "run: python -m agd_lib.readme"
+
+
+def every_table(text: str) -> str:
+    return "\n".join(f"{begin}{text}{end}" for begin, end in map(marks, TABLES))
+
+
+@pytest.mark.parametrize("harm", ["no marks", "one mark", "twice", "the other way round"])
+def test_a_readme_without_a_place_for_a_table_is_refused(harm: str) -> None:
+    begin, end = marks("tiny-sd21-gate")
+    harmed = {
+        "no marks": every_table("").replace(begin, "").replace(end, ""),
+        "one mark": every_table("").replace(end, ""),
+        "twice": every_table("") + begin + end,
+        "the other way round": every_table("").replace(begin + end, end + begin),
+    }
+    with pytest.raises(ReadmeError, match=r"tiny-sd21-gate: begin.*once each and in this order"):
+        with_tables(harmed[harm])
+
+
+def test_what_stood_in_a_table_is_replaced_and_what_stands_around_it_stays() -> None:
+    renewed = with_tables(f"before {every_table('old')} after")
+    assert renewed.startswith("before ") and renewed.endswith(" after") and "old" not in renewed
+    assert with_tables(renewed) == renewed
+
+
+def test_a_damaged_file_of_results_is_named(tmp_path: Path) -> None:
+    shutil.copytree(DATA / "results", tmp_path / "results")
+    (tmp_path / "results" / "tiny-dit.json").write_text(json.dumps({"rows": []}))
+    with pytest.raises(ReadmeError, match=r"tiny-dit\.json is not what results_table reads"):
+        with_tables(every_table(""), tmp_path / "results")

@@ -33,7 +33,6 @@ from agd_lib.reproduce import (
     ReproduceError,
     declared_parameters,
     folder_name,
-    lane_of,
     load_profile,
     main,
     merge_results,
@@ -257,7 +256,7 @@ def test_a_profile_that_names_files_which_are_not_there_is_refused_at_once(
 def test_the_papers_profile_is_refused_until_its_reference_is_there(tmp_path: Path) -> None:
     paper = load_profile("paper", "dit-xl-2-256")
     with pytest.raises(ReproduceError, match="as reference, and there is no such file or folder"):
-        reproduce(paper, lane_of(paper.base), tmp_path)
+        reproduce(paper, LANES[paper.lane], tmp_path)
 
 
 def test_a_profile_can_make_an_exception_for_one_notebook(tmp_path: Path, notebooks: Path) -> None:
@@ -303,6 +302,20 @@ def test_a_malformed_profile_is_refused(tmp_path: Path, text: str, message: str)
         load_profile("cpu", "toy", path)
 
 
+def test_the_profile_of_a_base_model_of_ones_own_tells_its_lane(tmp_path: Path) -> None:
+    path = tmp_path / "own.cpu.yaml"
+    costs = "expected: {minutes: 1, disk_mib: 1, memory_mib: 1}\n"
+    path.write_text(costs)
+    assert load_profile("cpu", "me/own", path).lane == "dit" and load_profile("cpu", "tiny-sdxl", path).lane == "sdxl"
+    path.write_text(f"{costs}lane: sd21\n")
+    assert (
+        load_profile("cpu", "me/own", path).lane == "sd21" and "lane" not in load_profile("cpu", "o", path).parameters
+    )
+    path.write_text(f"{costs}lane: flux\n")
+    with pytest.raises(ReproduceError, match="gives lane: 'flux', expected one of: dit, sd21, sdxl"):
+        load_profile("cpu", "me/own", path)
+
+
 def test_an_unknown_profile_lists_those_that_exist() -> None:
     with pytest.raises(ReproduceError, match=r"Profiles \(base\.profile\): .*tiny-dit\.cpu"):
         load_profile("gpu", "tiny-dit")
@@ -317,11 +330,11 @@ def test_every_key_of_a_profile_is_declared_by_a_notebook(path: Path) -> None:
     assert base in LANE_OF_BASE, f"{path.name}: expected <base>.<profile>.yaml"
     loaded = load_profile(name, base)
     declared = set().union(
-        *(declared_parameters(ROOT / "notebooks" / f"{notebook.name}.ipynb") for notebook in lane_of(base))
+        *(declared_parameters(ROOT / "notebooks" / f"{notebook.name}.ipynb") for notebook in LANES[loaded.lane])
     )
     assert not loaded.parameters.keys() - declared
     for number, values in loaded.exceptions.items():
-        (notebook,) = [notebook.name for notebook in lane_of(base) if notebook.name.startswith(number)]
+        (notebook,) = [notebook.name for notebook in LANES[loaded.lane] if notebook.name.startswith(number)]
         assert values.keys() <= declared_parameters(ROOT / "notebooks" / f"{notebook}.ipynb")
     assert not loaded.parameters.keys() & {"base_name", "run_dir"}, "these two are given by reproduce itself"
 
@@ -445,3 +458,33 @@ def test_in_place_renews_outputs_and_leaves_a_failing_notebook_alone(notebooks: 
 def test_the_command_line_reports_a_bad_profile_with_exit_code_1(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--profile", "nothing-like-it"]) == 1
     assert "no profile 'nothing-like-it'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], ["tiny-dit", "tiny-sd21", "tiny-sdxl"]),
+        (["--base", "tiny-sdxl", "tiny-dit"], ["tiny-sdxl", "tiny-dit"]),
+        (["--only", "03"], ["tiny-dit"]),  # the only one that has such a notebook
+        (["--only", "06"], ["tiny-dit", "tiny-sd21", "tiny-sdxl"]),
+    ],
+)
+def test_base_models_are_run_one_after_another(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    expected: list[str],
+) -> None:
+    ran: list[str] = []
+    monkeypatch.setattr(module, "reproduce", lambda profile, lane, root, **options: ran.append(profile.base) or [])
+    assert main([*arguments, "--run-dir", str(tmp_path)]) == 0
+    assert ran == expected
+    minutes = sum(load_profile("cpu", base).minutes for base in expected)
+    announced = f"{len(expected)} base models one after another ({', '.join(expected)}): about {minutes:g} min"
+    assert (announced in capsys.readouterr().out) == (len(expected) > 1)
+
+
+def test_another_profile_file_is_for_one_base_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--parameters", str(tmp_path / "mine.yaml")]) == 1
+    assert "got --parameters for 3 base models, expected one" in capsys.readouterr().err

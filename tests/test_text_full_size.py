@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from agd_lib import AdapterSet
+from agd_lib.adapters import ADAPTERS
 from agd_lib.base_models import StableDiffusionBase, StableDiffusionXLBase, count_flops
-from agd_lib.memory import GIB, MemorySettings, training_memory
+from agd_lib.memory import GIB, MemorySettings, collection_memory, training_memory
 from agd_lib.project import ROOT
+from agd_lib.reproduce import load_profile
 
 
 @pytest.fixture(scope="module")
@@ -97,3 +99,32 @@ def test_training_fits_small_cards(
     memory = training_memory(base, adapters, batch_size, MemorySettings(torch.bfloat16, True, offload=True)).memory
     assert memory.total == pytest.approx(gib * GIB, rel=0.01)
     assert memory.total < limit * GIB
+
+
+@pytest.mark.parametrize(
+    ("name", "notebook", "profile", "card"),
+    [
+        ("sd21", "04_train_sd21_adapters", "paper", 24),
+        ("sd21", "04_train_sd21_adapters", "small-gpu", 8),
+        ("sdxl", "05_train_sdxl_adapters", "paper", 24),
+        ("sdxl", "05_train_sdxl_adapters", "small-gpu", 12),
+    ],
+)
+def test_the_profiles_fit_their_cards_with_adapters_of_the_papers_share(
+    request: pytest.FixtureRequest, name: str, notebook: str, profile: str, card: float
+) -> None:
+    base: StableDiffusionBase = request.getfixturevalue(name)
+    given = load_profile(profile, name).parameters_for(notebook)
+    assert given["hidden_sizes"].keys() == ADAPTERS.keys()
+    for kind, hidden_size in given["hidden_sizes"].items():
+        with torch.device("meta"):
+            adapters = AdapterSet.create(base, kind, hidden_size, noise_ranges=2 if kind == "modulated" else 1)
+        assert 0.01 < adapters.num_parameters() / base.num_parameters() < 0.05, kind
+        if kind == given["adapter_kinds"]:
+            dtype = torch.bfloat16 if given.get("training_dtype") == "bfloat16" else torch.float32
+            settings = MemorySettings(dtype, given["gradient_checkpointing"], offload=True)
+            training = training_memory(base, adapters, given["training_batch_size"], settings).memory
+            path = ROOT / "notebooks" / "profiles" / f"{name}.{profile}.yaml"
+            assert f"# {training.total / GIB:.1f} GiB" in path.read_text(encoding="utf-8")
+            collection = collection_memory(base, given["collection_batch_size"], MemorySettings(offload=True)).memory
+            assert training.fits(card) and collection.fits(card)

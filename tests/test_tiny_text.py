@@ -31,10 +31,11 @@ from agd_lib.tiny_text import (
     new_tokenizer,
     size_conditioning,
     tokenize,
+    with_wrong_captions,
     word_merges,
 )
 
-CYCLES = ((2, 1e-3), (1, 1e-3))
+CYCLES = ((2, 1e-3, 0.0), (1, 1e-3, 0.25))
 PIPELINES = {"sd21": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
 
 
@@ -222,8 +223,8 @@ def test_finished_stages_are_not_repeated(
         ({"vae_steps": 3}, "vae was trained with other settings: steps is 2 there, 3 here"),
         ({"reader_steps": 3}, "extractor was trained with other settings: steps is 2 there, 3 here"),
         (
-            {"cycles": ((2, 1e-3), (1, 2e-3))},
-            r"cycle-2 was trained with other settings: cycles is \[\[2, 0.001\], \[1, 0",
+            {"cycles": ((2, 1e-3, 0.0), (1, 2e-3, 0.25))},
+            r"cycle-2 was trained with other settings: cycles is \[\[2, 0.001, 0.0\], \[1, 0",
         ),
         ({"num_images": 65}, "vae was trained with other settings: num_images is 64 there, 65 here"),
     ],
@@ -351,3 +352,13 @@ def test_a_build_that_is_interrupted_within_a_cycle_resumes_to_the_same_result(
     assert not list((tmp_path / "work" / folder.name).glob("*unfinished"))
     for path in folder.rglob("*.safetensors"):
         assert path.read_bytes() == (output / path.relative_to(folder)).read_bytes(), path
+
+
+def test_wrong_captions_are_those_of_other_images() -> None:
+    ids = torch.arange(40)[:, None].expand(40, 3).contiguous()
+    noisy = with_wrong_captions(ids, 0.25, seed=0)
+    changed = (noisy != ids).any(dim=1)
+    assert changed.sum() == 10 and sorted(noisy[changed][:, 0].tolist()) == sorted(ids[changed][:, 0].tolist())
+    assert torch.equal(noisy, with_wrong_captions(ids, 0.25, seed=0))
+    assert not torch.equal(noisy, with_wrong_captions(ids, 0.25, seed=1))
+    assert torch.equal(with_wrong_captions(ids, 0.0, seed=0), ids)

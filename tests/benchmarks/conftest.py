@@ -1,8 +1,16 @@
-"""Prints what the benchmarks measured as tables: AGD beside CFG with the limit that the FLOPs allow, and the store."""
+"""Prints what the benchmarks measured as tables: AGD beside CFG with the limit that the FLOPs allow, and the store.
+
+With ``--benchmark-json`` it is kept too, in the form that :mod:`agd_lib.readme` reads.
+"""
 
 from __future__ import annotations
 
+import shlex
+import sys
+from typing import Any
+
 import pytest
+import torch
 
 ROWS = pytest.StashKey[list[dict[str, str]]]()
 STORE_ROWS = pytest.StashKey[list[dict[str, str]]]()
@@ -52,3 +60,19 @@ def _print_table(reporter: pytest.TerminalReporter, rows: list[dict[str, str]], 
     widths = [max(len(line[i]) for line in table) for i in range(len(columns))]
     for line in table:
         reporter.write_line("  ".join(cell.rjust(width) for cell, width in zip(line, widths)))
+
+
+def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
+    """Nobody's machine by name; its PyTorch beside its processor."""
+    del machine_info["node"]
+    machine_info["torch"] = torch.__version__
+
+
+def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
+    """The command; of the processor its name and cores alone."""
+    output_json["command"] = "python -m pytest " + shlex.join(sys.argv[1:])
+    cpu = output_json["machine_info"]["cpu"]
+    output_json["machine_info"]["cpu"] = {
+        "brand_raw": cpu.get("brand_raw", "an unknown processor"),
+        "count": cpu["count"],
+    }

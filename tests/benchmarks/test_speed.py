@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from full_size_models import dit_xl, sd21, sdxl, with_random_weights
 
 from agd_lib import AGD, CFG, AdapterSet
-from agd_lib.base_models import BaseModel, base_from_pipeline, count_flops, load_base
+from agd_lib.base_models import BaseModel, count_flops, load_base
 from agd_lib.guidance import Guidance
 from agd_lib.project import DATA
 from agd_lib.sampling import endpoint, sample
@@ -31,30 +31,6 @@ def tiny() -> BaseModel:
     return load_base("tiny-dit")
 
 
-@pytest.fixture(scope="module")
-def full_size() -> BaseModel:
-    """DiT-XL/2 at 256 x 256 in all but its weights, which are random: 3 GB. The autoencoder is a stub, never called."""
-    with torch.device("meta"):
-        transformer = DiTTransformer2DModel(
-            num_attention_heads=16,
-            attention_head_dim=72,
-            in_channels=4,
-            out_channels=8,
-            num_layers=28,
-            sample_size=32,
-            patch_size=2,
-            num_embeds_ada_norm=1000,
-        )
-    transformer.to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(0)
-    for tensor in [*transformer.parameters(), *transformer.buffers()]:
-        if tensor.is_floating_point():
-            tensor.data.normal_(0, 0.02, generator=generator)
-    vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=1, latent_channels=4)
-    pipeline = DiTPipeline(transformer=transformer, vae=vae, scheduler=DDIMScheduler())
-    return base_from_pipeline(pipeline, "dit-xl-2-256, random weights")
-
-
 def compare(
     benchmark: Any,
     comparisons: Comparisons,
@@ -65,7 +41,7 @@ def compare(
     num_steps: int,
 ) -> None:
     """Benchmark AGD's run, with CFG's timed before each round; the ratio goes to ``extra_info`` and the last table."""
-    condition = base.encode([base.all_conditions()[i % len(base.all_conditions())] for i in range(batch_size)])
+    condition = base.blank_condition(batch_size)
 
     def run(guidance: Guidance) -> float:
         """Seconds per image and step."""
@@ -129,6 +105,15 @@ def test_tiny_dit(benchmark: Any, comparisons: Comparisons, tiny: BaseModel, kin
     compare(benchmark, comparisons, tiny, adapters, batch_size, rounds=max(5, 20 // batch_size), num_steps=20)
 
 
-def test_two_steps_of_full_size_dit_xl_2(benchmark: Any, comparisons: Comparisons, full_size: BaseModel) -> None:
-    adapters = AdapterSet.create(full_size, "offset", 256)
-    compare(benchmark, comparisons, full_size, adapters, batch_size=1, rounds=3, num_steps=2)
+@pytest.mark.parametrize(
+    ("base_on_meta", "kind", "hidden_size"),
+    [(dit_xl, "offset", 256), (sd21, "cross-attention", 64), (sdxl, "cross-attention", 64)],
+    ids=["dit-xl-2-256", "sd21", "sdxl"],
+)
+def test_two_steps_at_full_size(
+    benchmark: Any, comparisons: Comparisons, base_on_meta: Callable[[], BaseModel], kind: str, hidden_size: int
+) -> None:
+    """The paper's base models in all but their weights, which are random: at most 11 GB."""
+    base = with_random_weights(base_on_meta())
+    adapters = AdapterSet.create(base, kind, hidden_size)
+    compare(benchmark, comparisons, base, adapters, batch_size=1, rounds=3, num_steps=2)

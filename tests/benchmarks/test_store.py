@@ -39,7 +39,7 @@ def compare(
 
     benchmark.pedantic(lambda: timed("ours", ours), setup=lambda: timed("other", other), rounds=5, warmup_rounds=1)
     mine, theirs = (count / statistics.median(seconds[name][1:]) for name in ("ours", "other"))
-    benchmark.extra_info.update(unit=unit, per_second=mine, other_per_second=theirs, ratio=mine / theirs)
+    benchmark.extra_info.update(what=what, unit=unit, per_second=mine, other_per_second=theirs, ratio=mine / theirs)
     rows.append(
         {
             "what": what,

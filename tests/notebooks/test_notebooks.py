@@ -15,14 +15,13 @@ import pytest
 
 from agd_lib.attach import AdapterSet
 from agd_lib.base_models import load_base
-from agd_lib.project import ROOT
 from agd_lib.report import write_report
-from agd_lib.reproduce import NOTEBOOKS, Profile, lane_of, load_profile, main, merge_results, reproduce
+from agd_lib.reproduce import LANE_OF_BASE, LANES, NOTEBOOKS, Profile, load_profile, main, merge_results, reproduce
 from agd_lib.results import markdown_table
 from agd_lib.trajectories import TrajectoryStore
 
 COMMITTED = sorted(NOTEBOOKS.glob("*.ipynb"))
-BASE = "tiny-dit"
+BASES = ("tiny-dit", "tiny-sd21", "tiny-sdxl")
 ABSOLUTE_PATH = re.compile(r"(?<![\w.])(/root|/home|/tmp|/work|/Users|/opt|/private|[A-Z]:\\)[/\\]?")
 
 
@@ -52,7 +51,7 @@ def texts(notebook: Any) -> str:
 
 
 def test_all_notebooks_of_all_lanes_are_there() -> None:
-    assert {notebook.name for notebook in lane_of(BASE)} <= {path.stem for path in COMMITTED}
+    assert {notebook.name for lane in LANES.values() for notebook in lane} <= {path.stem for path in COMMITTED}
 
 
 def test_one_cell_of_parameters(committed: Any) -> None:
@@ -114,49 +113,53 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("smoke")
 
 
-@pytest.fixture(scope="module", params=[notebook.name for notebook in lane_of(BASE)])
-def run(request: pytest.FixtureRequest, root: Path) -> tuple[str, Path]:
-    """A notebook executed with the smoke profile (after those that it needs): its name, and the run's folder."""
-    if not (ROOT / "data" / BASE / "model_index.json").is_file():
-        pytest.skip("data/tiny-dit is not there: python -m agd_lib.tiny dit --output data/tiny-dit")
-    outcomes = reproduce(load_profile("smoke", BASE), lane_of(BASE), root, only=[request.param])
-    assert outcomes[-1].name == request.param
-    return request.param, root / BASE
+NOTEBOOKS_OF_BASES = [(base, notebook.name) for base in BASES for notebook in LANES[LANE_OF_BASE[base]]]
 
 
-def test_it_runs_headless_and_records_its_results(run: tuple[str, Path]) -> None:
-    name, folder = run
+@pytest.fixture(scope="module", params=NOTEBOOKS_OF_BASES, ids="-".join)
+def run(request: pytest.FixtureRequest, root: Path) -> tuple[str, str, Path]:
+    """A notebook executed with the smoke profile (after those that it needs): base, its name, and the run's folder."""
+    base, name = request.param
+    outcomes = reproduce(load_profile("smoke", base), LANES[LANE_OF_BASE[base]], root, only=[name])
+    assert outcomes[-1].name == name
+    return base, name, root / base
+
+
+def test_it_runs_headless_and_records_its_results(run: tuple[str, str, Path]) -> None:
+    base, name, folder = run
     executed = nbformat.read(folder / "notebooks" / f"{name}.ipynb", as_version=4)
     assert all(cell.execution_count for cell in code_cells(executed) if cell.source.strip())
     assert any("image/png" in output.get("data", {}) for cell in code_cells(executed) for output in cell.outputs)
     checks = {
         "02_collect_trajectories": check_collection,
         "03_train_dit_adapters": check_training,
+        "04_train_sd21_adapters": check_training,
+        "05_train_sdxl_adapters": check_training,
         "06_evaluate_fid": check_evaluation,
     }
-    checks.get(name, lambda folder: None)(folder)
+    if name in checks:
+        checks[name](base, name, folder)
 
 
-def check_collection(folder: Path) -> None:
+def check_collection(base: str, name: str, folder: Path) -> None:
     store = TrajectoryStore(folder / "trajectories")
-    parameters = load_profile("smoke", BASE).parameters_for("02_collect_trajectories")
+    parameters = load_profile("smoke", base).parameters_for(name)
     assert store.complete and parameters["steps_per_trajectory"] == "all"
     assert len(store) == 20 * parameters["trajectories_per_condition"] * parameters["num_inference_steps"]
 
 
-def check_training(folder: Path) -> None:
-    for kind in load_profile("smoke", BASE).parameters_for("03_train_dit_adapters")["adapter_kinds"].split(","):
+def check_training(base: str, name: str, folder: Path) -> None:
+    for kind in load_profile("smoke", base).parameters_for(name)["adapter_kinds"].split(","):
         adapters = AdapterSet.from_pretrained(folder / "adapters" / kind.strip())
         assert adapters.config.kind == kind.strip()
 
 
-def check_evaluation(folder: Path) -> None:
+def check_evaluation(base: str, name: str, folder: Path) -> None:
     """results.json keeps to the schema (reading it checks that), with every guidance, scale and seed that was asked."""
-    parameters = load_profile("smoke", BASE).parameters_for("06_evaluate_fid")
+    parameters = load_profile("smoke", base).parameters_for(name)
     scales = [float(scale) for scale in parameters["scales"].split(",")]
     seeds = [int(seed) for seed in parameters["seeds"].split(",")]
-    rows = merge_results(folder.parent)
-    assert {row.base for row in rows} == {BASE}
+    rows = [row for row in merge_results(folder.parent) if row.base == base]
     kinds = {row.adapter for row in rows if row.adapter}
     assert len(rows) == len(seeds) * (1 + len(scales) * (1 + len(kinds)))
     assert {(row.scale, row.seed) for row in rows if row.guidance == "agd"} == {(w, s) for w in scales for s in seeds}
@@ -171,7 +174,7 @@ def check_evaluation(folder: Path) -> None:
 
 
 def test_the_run_makes_a_report(root: Path) -> None:
-    if not (root / BASE / "run.json").is_file():
+    if not (root / BASES[0] / "run.json").is_file():
         pytest.skip("nothing was executed")
     rows = merge_results(root)
     page = write_report(root, rows).read_text(encoding="utf-8")
@@ -182,9 +185,9 @@ def test_the_run_makes_a_report(root: Path) -> None:
 def test_the_command_line_goes_on_from_there_and_ends_with_the_table(
     root: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["--profile", "smoke", "--base", BASE, "--run-dir", str(root)]) == 0
+    assert main(["--profile", "smoke", "--base", BASES[0], "--run-dir", str(root)]) == 0
     said = capfd.readouterr().out
-    assert said.count("finished before, nothing changed since") == len(lane_of(BASE))
+    assert said.count("finished before, nothing changed since") == len(LANES["dit"])
     assert markdown_table(merge_results(root)) in said
     for name in ("results.json", "report.html"):
         assert (root / name).is_file() and name in said
@@ -209,7 +212,7 @@ OWN = {
 
 def test_a_pipeline_of_ones_own_goes_through_the_same_notebooks(dit_folder: Path, tmp_path: Path) -> None:
     """Five classes, no shipped adapters, reference or features: sections that need those say so, and the rest runs."""
-    lane = [notebook for notebook in lane_of(BASE) if notebook.name[:2] in ("00", "01", "02", "03")]
+    lane = [notebook for notebook in LANES["dit"] if notebook.name[:2] in ("00", "01", "02", "03")]
     profile = Profile("own", str(dit_folder), OWN, minutes=1, disk_mib=1, memory_mib=1)
     outcomes = reproduce(profile, lane, tmp_path)
     assert [outcome.ran for outcome in outcomes] == [True] * 4

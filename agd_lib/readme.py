@@ -1,0 +1,85 @@
+"""The README's tables, made from the files in ``data/results``: ``python -m agd_lib.readme`` renews them.
+
+A table stands between ``<!-- NAME: begin -->`` and ``<!-- NAME: end -->``; its file is ``data/results/NAME.json``.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from .errors import AGDError
+from .project import DATA, ROOT, display_path
+from .results import markdown_table
+from .storage import read_json, writing
+from .study import read_study
+
+RESULTS = DATA / "results"
+
+
+class ReadmeError(AGDError):
+    """The README has no place for a table, or a file of results is damaged."""
+
+
+def results_table(path: Path) -> str:
+    """What a study measured (:mod:`agd_lib.study`)."""
+    about, rows = read_json(path, ReadmeError, "study"), read_study(path)
+    row = rows[0]
+    return (
+        f"{Path(row.base).name}, {row.steps} sampler steps, mean ± standard deviation over seeds. FD is a Frechet distance in "
+        f"the features of {row.extractor}, not an FID. Endpoint error is MSE(this, CFG) / MSE(unguided, CFG) over final "
+        f"latents from the same noise: 0 is CFG itself, 1 is no better than no guidance. Every row comes from "
+        f"`{about['command']}` and is kept in [`{display_path(path)}`]({display_path(path)}).\n\n"
+        f"{markdown_table(rows)}"
+    )
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "tiny-dit": results_table,
+    "tiny-sd21-gate": results_table,
+    "tiny-sdxl-gate": results_table,
+}
+"""How the table of each file is made."""
+
+
+def marks(name: str) -> tuple[str, str]:
+    """What stands before and after a table."""
+    return f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+
+
+def with_tables(readme: str, results: Path = RESULTS) -> str:
+    """The README's text with everything between the marks of each table replaced by that table.
+
+    Raises:
+        ReadmeError: if the marks of a table are not there, once each and in order, or its file is damaged.
+    """
+    for name, table in TABLES.items():
+        begin, end = marks(name)
+        if (readme.count(begin), readme.count(end)) != (1, 1) or readme.index(begin) > readme.index(end):
+            raise ReadmeError(f"the README must hold {begin} and {end}, once each and in this order")
+        before, rest = readme.split(begin)
+        path = results / f"{name}.json"
+        try:
+            text = table(path)
+        except (KeyError, TypeError, IndexError) as error:
+            raise ReadmeError(f"{path} is not what {table.__name__} reads: {error!r}") from error
+        readme = f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}"
+    return readme
+
+
+def main() -> int:
+    """The command line; returns the exit code."""
+    path = ROOT / "README.md"
+    try:
+        text = with_tables(path.read_text(encoding="utf-8"))
+        with writing(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    except AGDError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
