@@ -47,7 +47,10 @@ def test_known_names_are_pinned_where_the_default_would_be_pickled() -> None:
 
 @pytest.mark.parametrize("name", ["dit-xl-3-256", "", "./nowhere", "/no/such", "~/model", "a/b/c"])
 def test_unknown_names_are_refused_without_a_network(name: str) -> None:
-    with pytest.raises(BaseModelError, match=r"no such folder, and not a hub id .*Known short names: tiny-dit, dit-xl"):
+    with pytest.raises(
+        BaseModelError,
+        match=r"no such folder, and not a hub id .*Known short names: tiny-dit, tiny-sd21, tiny-sdxl, dit-xl",
+    ):
         load_base(name)
 
 
