@@ -26,10 +26,15 @@ def results_table(path: Path) -> str:
     """What a study measured (:mod:`agd_lib.study`)."""
     about, rows = read_json(path, ReadmeError, "study"), read_study(path)
     row = rows[0]
+    endpoint = (
+        "Endpoint error is MSE(this, CFG) / MSE(unguided, CFG) over final latents from the same noise: 0 is CFG itself, 1 is "
+        "no better than no guidance. "
+        if any(row.endpoint_mse_ratio is not None for row in rows)
+        else ""
+    )
     return (
         f"{Path(row.base).name}, {row.steps} sampler steps, mean ± standard deviation over seeds. FD is a Frechet distance in "
-        f"the features of {row.extractor}, not an FID. Endpoint error is MSE(this, CFG) / MSE(unguided, CFG) over final "
-        f"latents from the same noise: 0 is CFG itself, 1 is no better than no guidance. Every row comes from "
+        f"the features of {row.extractor}, not an FID. {endpoint}Every row comes from "
         f"`{about['command']}` and is kept in [`{display_path(path)}`]({display_path(path)}).\n\n"
         f"{markdown_table(rows)}"
     )

@@ -71,8 +71,9 @@ TEXT_CYCLES: dict[ModelName, tuple[Cycle, ...]] = {
     "sd21": ((2_000, 1e-3, 0.0), (3_000, 1e-3, 0.0)),
     "sdxl": ((2_000, 1e-3, 0.0), (1_000, 1e-3, 0.0), (1_000, 1e-3, 0.25)),
 }
-"""The denoiser's training. In the last cycle a quarter of the captions are wrong, as captions from the web are: a model that
-has learned to mistrust them draws something else now and then, and guidance has something to do."""
+"""The denoiser's training. More steps alone make a model that follows its prompts so well that guidance has little left to
+do. With a quarter of the captions wrong, as captions from the web are, it learns to mistrust them: unguided it draws
+something else now and then, and guided it does not."""
 
 BATCH_SIZE = 128
 """Images in a step of the denoiser's training."""
