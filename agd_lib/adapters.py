@@ -32,8 +32,8 @@ class AdapterInputs:
         noise_level: (B,), or (T, 1): the timestep as a share of the training timesteps, from 0 (clean) to 1.
         prompt_embeddings: (B, L, prompt_dim), the text encoder's tokens; None without prompts.
         code: (B, d), or (T, B, d): the :class:`SharedCode` z of the above; None for kinds that make their own.
-        shift_code: (w - 1) z, in the shape of ``code``. With prompts: of the codes of their tokens, (B, L, d), or
-            (T, B, L, d).
+        shift_code: (w - 1) z, in the shape of ``code``.
+        token_shift_code: (w - 1) z of each prompt token, (B, L, d), or (T, B, L, d); None without prompts.
     """
 
     guidance_scale: Tensor
@@ -43,11 +43,15 @@ class AdapterInputs:
     prompt_embeddings: Tensor | None = None
     code: Tensor | None = None
     shift_code: Tensor | None = None
+    token_shift_code: Tensor | None = None
 
     def to(self, dtype: torch.dtype) -> AdapterInputs:
         """With embeddings of another dtype; scale and noise level keep theirs (bfloat16 would round 4.01 to 4)."""
-        embeddings = ("timestep_embedding", "class_embedding", "prompt_embeddings", "code", "shift_code")
-        given = {name: getattr(self, name) for name in embeddings if getattr(self, name) is not None}
+        given = {
+            name: value
+            for name, value in vars(self).items()
+            if name not in ("guidance_scale", "noise_level") and value is not None
+        }
         return replace(self, **{name: value.to(dtype) for name, value in given.items()})
 
 
@@ -113,7 +117,8 @@ class Adapter(nn.Module):
         sizes: see :class:`AdapterSizes`.
 
     Attributes:
-        layer: which layer's output it is added to: ``"attention"`` (the paper) or ``"feed_forward"`` of the same block.
+        layer: what it is added to: the output of ``"attention"`` (the paper) or of ``"feed_forward"`` of the same block; or
+            ``"timestep"``, what a residual block is told of it.
         shares_code: whether the adapters of a set share one :class:`SharedCode`.
     """
 
@@ -259,7 +264,7 @@ class SharedCode(nn.Module):
         self.prompt_proj = nn.Linear(sizes.prompt_dim, d) if sizes.prompt_dim else None
 
     def forward(self, inputs: AdapterInputs) -> AdapterInputs:
-        """The inputs with their codes: of the whole condition; and, times w - 1, of what is to be shifted."""
+        """The inputs with their codes: of the whole condition; and, times w - 1, those that shifts are linear in."""
         w = inputs.guidance_scale
         features = torch.stack([w / 4, torch.log1p(w)], dim=-1)  # (..., B, 2)
         code = self.guidance_scale_proj(features.to(self.guidance_scale_proj.weight.dtype))
@@ -268,13 +273,13 @@ class SharedCode(nn.Module):
         if self.class_proj is not None and inputs.class_embedding is not None:
             code = code + self.class_proj(inputs.class_embedding)
         beyond_one = (w - 1).to(code.dtype)[..., None]  # (..., B, 1)
-        if self.prompt_proj is None or inputs.prompt_embeddings is None:
-            code = F.silu(code)
-            return replace(inputs, code=code, shift_code=beyond_one * code)
-        tokens = self.prompt_proj(inputs.prompt_embeddings)  # (B, L, d)
-        token_codes = F.silu(code[..., None, :] + tokens)  # (..., B, L, d)
-        code = F.silu(code + tokens.mean(dim=1))
-        return replace(inputs, code=code, shift_code=beyond_one[..., None] * token_codes)
+        token_shift_code = None
+        if self.prompt_proj is not None and inputs.prompt_embeddings is not None:
+            tokens = self.prompt_proj(inputs.prompt_embeddings)  # (B, L, d)
+            token_shift_code = beyond_one[..., None] * F.silu(code[..., None, :] + tokens)  # (..., B, L, d)
+            code = code + tokens.mean(dim=1)
+        code = F.silu(code)
+        return replace(inputs, code=code, shift_code=beyond_one * code, token_shift_code=token_shift_code)
 
 
 class Modulation(NamedTuple):
@@ -299,7 +304,8 @@ class ModulatedAdapter(Adapter):
     1. A transformer block is told the timestep and the class by an embedding (adaLN). The unconditional pass of CFG
        differs from the conditional one in this embedding alone, so the adapter shifts it, by S (w - 1) z. The blocks of
        a text-to-image UNet are told the prompt by its tokens: there every token is shifted, by S (w - 1) z of its own.
-       (The same shift for all tokens would move all attention scores alike, which softmax does not notice.)
+       (The same shift for all tokens would move all attention scores alike, which softmax does not notice.) A UNet has
+       residual blocks besides, which are told the timestep: a :class:`TimestepShift` moves that.
     2. A low-rank network on every token, beside the block's feed-forward layer: ``U (gelu(D h * (1 + a) + b) * (w - 1)
        (1 + g))``. Its hidden units may be divided among R ranges of noise levels: those of other ranges are silent.
        What guidance adds where noise is high (the composition) and where it is low (the details) would otherwise be
@@ -325,13 +331,15 @@ class ModulatedAdapter(Adapter):
         nn.init.zeros_(self.modulation.bias)
 
     def condition(self, inputs: AdapterInputs) -> Modulation:
-        assert inputs.code is not None and inputs.shift_code is not None
+        assert inputs.code is not None
+        shift_code = inputs.shift_code if self.sizes.prompt_dim is None else inputs.token_shift_code
+        assert shift_code is not None
         gain, shift, gate = self.modulation(inputs.code)[..., None, :].chunk(3, dim=-1)
         beyond_one = (inputs.guidance_scale - 1).to(gate.dtype)[..., None, None]  # (..., B, 1, 1)
         strength = beyond_one * (1 + gate)
         if self.sizes.noise_ranges > 1:
             strength = strength * self._in_range(inputs.noise_level)[..., None, :]
-        return Modulation(1 + gain, shift, strength, inputs.shift_code)
+        return Modulation(1 + gain, shift, strength, shift_code)
 
     def _in_range(self, noise_level: Tensor) -> Tensor:
         """1 for the hidden units of each noise level's own range, 0 for the others: (..., B) -> (..., B, R d)."""
@@ -347,6 +355,34 @@ class ModulatedAdapter(Adapter):
         gain, shift, strength, _ = condition
         features = torch.addcmul(shift, self.down(hidden_states.to(gain.dtype)), gain)
         return _plus_linear(output, F.gelu(features) * strength, self.up.weight)
+
+
+class TimestepShift(Adapter):
+    """Extension, beside a :class:`ModulatedAdapter`: shifts what a residual block of a UNet is told of the timestep.
+
+    A residual block adds a projection of the timestep's embedding to each of its channels. Here S (w - 1) z is added to
+    it, with the set's :class:`SharedCode` z: one vector a step and image, and as with the others none at scale 1.
+
+    Args:
+        channels: C, the width of the projection.
+    """
+
+    layer = "timestep"
+    shares_code = True
+
+    def __init__(self, channels: int, sizes: AdapterSizes) -> None:
+        super().__init__(channels, sizes)
+        self.projection = nn.Linear(sizes.hidden_size, channels, bias=False)
+        nn.init.zeros_(self.projection.weight)
+
+    def condition(self, inputs: AdapterInputs) -> tuple[Tensor]:
+        assert inputs.shift_code is not None
+        return (self.projection(inputs.shift_code),)  # (..., B, C)
+
+    def forward(self, hidden_states: Tensor, output: Tensor, condition: tuple[Tensor, ...]) -> Tensor:
+        """``output`` (B, C) is the projection of the timestep's embedding; ``hidden_states``, the embedding, is not read."""
+        (shift,) = condition
+        return output + shift.to(output.dtype)
 
 
 def _plus_linear(output: Tensor, inputs: Tensor, weight: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .adapters import ADAPTERS, Adapter, AdapterSizes, ModulatedAdapter, SharedCode
+from .adapters import ADAPTERS, Adapter, AdapterSizes, ModulatedAdapter, SharedCode, TimestepShift
 from .base_models import BaseModel, Condition, DiTBase, SamplingRun, Site, StableDiffusionXLBase
 from .errors import AdapterError
 from .guidance import Scale, scale_at
@@ -47,7 +47,8 @@ class AdapterConfig:
     Attributes:
         kind: a name in :data:`agd_lib.adapters.ADAPTERS`.
         hidden_size: d, the adapters' inner width.
-        sites: attention layer -> its width C.
+        sites: attention layer -> its width C. timestep_sites: projection by which a residual block is told the timestep
+            -> its width; only modulated adapters of a UNet have any.
         timestep_dim, class_dim, prompt_dim: widths of the inputs; None where the adapters do not see that input.
         guidance_range: (w_min, w_max) of the training trajectories.
         base_name, base_revision, base_fingerprint, prediction_type: the base model trained on.
@@ -69,6 +70,7 @@ class AdapterConfig:
     guided_channels: int
     scale_multiplier: float = 1.0
     noise_ranges: int = 1
+    timestep_sites: dict[str, int] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
     library_version: str = field(default_factory=lambda: _library_version())
 
@@ -130,9 +132,10 @@ class AdapterSet(nn.Module):
             config.scale_multiplier,
             config.noise_ranges,
         )
-        self.adapters = nn.ModuleDict(
-            {site.replace(".", "/"): ADAPTERS[config.kind](channels, sizes) for site, channels in config.sites.items()}
-        )
+        self.adapters = nn.ModuleDict()
+        for kind, places in ((ADAPTERS[config.kind], config.sites), (TimestepShift, config.timestep_sites)):
+            for site, channels in places.items():
+                self.adapters[site.replace(".", "/")] = kind(channels, sizes)
         self.shared = SharedCode(sizes) if ADAPTERS[config.kind].shares_code else None
         self.enabled = True
         self._scale: Scale | None = None
@@ -182,6 +185,7 @@ class AdapterSet(nn.Module):
         if not _is_number_of_ranges(noise_ranges):
             raise ValueError(f"got noise_ranges {noise_ranges!r}, expected a whole number from 1 to 100")
         dims = base.adapter_input_dims()
+        timestep_sites = base.timestep_sites() if kind == "modulated" else {}
         config = AdapterConfig(
             kind=kind,
             hidden_size=hidden_size,
@@ -197,6 +201,7 @@ class AdapterSet(nn.Module):
             guided_channels=guided_channels or base.latent_shape[0],
             scale_multiplier=scale_multiplier,
             noise_ranges=noise_ranges,
+            timestep_sites={site: projection.out_features for site, projection in timestep_sites.items()},
         )
         if not use_condition and kind == "modulated" and dims["prompt_dim"] is not None:
             raise ValueError("got use_condition=False, expected True: modulated adapters shift the prompt's tokens")
@@ -272,6 +277,9 @@ class AdapterSet(nn.Module):
                 self._handles.append(layer.register_forward_hook(self._layer_hook(site), with_kwargs=True))
                 if isinstance(adapter, ModulatedAdapter):
                     self._handles.append(self._hook_embedding(site, parts))
+        for site, projection in base.timestep_sites().items():
+            if site in self.config.timestep_sites:
+                self._handles.append(projection.register_forward_hook(self._layer_hook(site), with_kwargs=True))
         _attached[base.denoiser] = weakref.ref(self)
         return self
 
@@ -432,7 +440,8 @@ class AdapterSet(nn.Module):
         inputs = self._base.adapter_inputs(timestep, condition, scale).to(next(self.parameters()).dtype)
         if self.shared is not None:
             inputs = self.shared(inputs)
-        return {site: self._at(site).condition(inputs) for site in self.config.sites}
+        sites = (*self.config.sites, *self.config.timestep_sites)
+        return {site: self._at(site).condition(inputs) for site in sites}
 
     def _scales(self, timesteps: Sequence[float | Tensor], batch_size: int) -> Tensor:
         """The scale at each timestep, (T, B)."""
@@ -506,6 +515,9 @@ class AdapterSet(nn.Module):
             for site, channels in self.config.sites.items()
             if site in sites and sites[site] != channels
         ]
+        projections = {site: projection.out_features for site, projection in base.timestep_sites().items()}
+        if self.config.timestep_sites not in ({}, projections):
+            wrong.append("its residual blocks are others than those that the adapters shift")
         wrong += [
             f"{name} is {dims[name]}, the adapters expect {getattr(self.config, name)}"
             for name in ("timestep_dim", "class_dim", "prompt_dim")
@@ -665,7 +677,7 @@ def config_from_dict(values: Mapping[str, Any], origin: Path) -> AdapterConfig:
         AdapterError: naming the field that is missing, unknown or out of range.
     """
     fields = AdapterConfig.__dataclass_fields__
-    missing, unknown = fields.keys() - values.keys(), values.keys() - fields.keys()
+    missing, unknown = fields.keys() - values.keys() - {"timestep_sites"}, values.keys() - fields.keys()
     if values.get("format_version") != FORMAT_VERSION:
         raise AdapterError(
             f"{origin} has adapter format version {values.get('format_version')!r}, this library reads {FORMAT_VERSION}"
@@ -720,9 +732,13 @@ def _is_size_or_none(value: Any) -> bool:
 
 
 def _are_sites(value: Any) -> bool:
+    return _are_places(value) and len(value) > 0
+
+
+def _are_places(value: Any) -> bool:
     return (
         isinstance(value, dict)
-        and 0 < len(value) <= 10_000
+        and len(value) <= 10_000
         and all(re.fullmatch(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)+", site) and _is_size(value[site]) for site in value)
     )
 
@@ -735,6 +751,7 @@ _CONFIG_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "class_dim": (_is_size_or_none, "a size from 1 to 65,536, or null"),
     "prompt_dim": (_is_size_or_none, "a size from 1 to 65,536, or null"),
     "sites": (_are_sites, "attention layers by name, each with a size from 1 to 65,536"),
+    "timestep_sites": (_are_places, "projections by name, each with a size from 1 to 65,536"),
     "guidance_range": (_is_range, "[w_min, w_max] with 0 <= w_min <= w_max"),
     "scale_multiplier": (_is_number, "a number"),
     "noise_ranges": (_is_number_of_ranges, "a whole number from 1 to 100"),

@@ -21,6 +21,7 @@ from typing import Any, TypeAlias
 import torch
 from diffusers import DiffusionPipeline, DiTPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -173,6 +174,10 @@ class BaseModel(ABC):
         Args:
             all_sites: False leaves out those that the authors' code passes over (the last of each up block of a UNet).
         """
+
+    def timestep_sites(self) -> dict[str, nn.Linear]:
+        """The projections by which the residual blocks of a UNet are told the timestep, by name; of a DiT, none."""
+        return {}
 
     @property
     @abstractmethod
@@ -563,6 +568,13 @@ class StableDiffusionBase(BaseModel):
             if hasattr(block, "attentions")
         )
         return {path: site for path, site in sites.items() if not path.startswith(last)}
+
+    def timestep_sites(self) -> dict[str, nn.Linear]:
+        return {
+            f"{path}.time_emb_proj": block.time_emb_proj
+            for path, block in self.denoiser.named_modules()
+            if isinstance(block, ResnetBlock2D) and block.time_emb_proj is not None
+        }
 
     @property
     def input_layer(self) -> nn.Module:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
+from diffusers.models.resnet import ResnetBlock2D
 from safetensors.torch import save_file
 from small_models import randomise
 from small_text_models import build_sd_pipeline, build_sdxl_pipeline
@@ -625,12 +627,52 @@ def test_modulated_adapters_shift_the_prompt_tokens_that_an_attention_sees(base:
     scale = torch.full((4,), 3.0)
     inputs = adapters.shared(base.adapter_inputs(torch.tensor([200] * 4), condition, scale))
     for path, shift in shifts.items():
-        expected = adapters._at(path).embedding_proj(inputs.shift_code)
+        expected = adapters._at(path).embedding_proj(inputs.token_shift_code)
         torch.testing.assert_close(shift, expected.detach(), rtol=1e-3, atol=1e-4)
         assert shift.std(dim=1).mean() > 0.01  # differs from token to token
     with adapters.guided_by(1.0):
         base.denoise(noise(4), 200, condition)
     assert all(torch.equal(tokens, condition["encoder_hidden_states"]) for tokens in seen.values())
+
+
+def test_modulated_adapters_shift_what_residual_blocks_are_told_of_the_timestep(base: StableDiffusionBase) -> None:
+    blocks = {name: block for name, block in base.denoiser.named_modules() if isinstance(block, ResnetBlock2D)}
+    told: dict[str, torch.Tensor] = {}
+    for (
+        name,
+        block,
+    ) in blocks.items():  # the activations after the addition of the timestep's projection, less those before
+        block.conv1.register_forward_hook(lambda m, a, out, name=name: told.__setitem__(name, -out.detach()))
+        block.norm2.register_forward_pre_hook(lambda m, args, name=name: told.__setitem__(name, told[name] + args[0]))
+    condition = base.encode(PROMPTS)
+    call = (noise(4), 200, condition)
+    base.denoise(*call)
+    plain = dict(told)
+    adapters = new(base, "modulated").attach(base)
+    assert list(adapters.config.timestep_sites) == [f"{name}.time_emb_proj" for name in blocks]
+    with torch.no_grad(), adapters.guided_by(3.0):
+        base.denoise(*call)
+    inputs = adapters.shared(base.adapter_inputs(torch.tensor([200] * 4), condition, torch.full((4,), 3.0)))
+    for name in blocks:
+        expected = adapters._at(f"{name}.time_emb_proj").projection(inputs.shift_code).detach()
+        assert expected.abs().max() > 0.01
+        shift = (told[name] - plain[name]).detach()
+        torch.testing.assert_close(shift, expected[:, :, None, None].expand_as(shift), rtol=1e-3, atol=1e-3)
+    with torch.no_grad(), adapters.guided_by(1.0):
+        base.denoise(*call)
+    assert all(torch.equal(told[name], plain[name]) for name in blocks)
+
+
+@pytest.mark.parametrize("kind", ["offset", "cross-attention"])
+def test_the_papers_adapters_leave_residual_blocks_alone(base: StableDiffusionBase, kind: str) -> None:
+    assert new(base, kind).config.timestep_sites == {}
+
+
+def test_adapters_that_shift_other_residual_blocks_do_not_fit(base: StableDiffusionBase) -> None:
+    config = new(base, "modulated").config
+    others = AdapterSet(replace(config, timestep_sites={name: 7 for name in config.timestep_sites}))
+    with pytest.raises(AdapterError, match="its residual blocks are others than those that the adapters shift"):
+        others.attach(base)
 
 
 def test_image_tokens_of_an_ip_adapter_stay_as_they_are(base: StableDiffusionBase) -> None:
