@@ -1,6 +1,7 @@
 # Needs python3.11 (or a newer python3) with venv, and GNU make. `make` alone says what there is.
 PROFILE ?= cpu
 BASE    ?= tiny-dit tiny-sd21 tiny-sdxl
+JOBS    ?= 2
 PYTHON  ?= $(firstword $(foreach name,python3.11 python3,$(if $(shell $(name) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo yes),$(name))))
 
 VENV  := .venv
@@ -48,13 +49,14 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# JOBS processes with one thread each: small models leave a second thread of their own idle.
 unit: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 # Every committed notebook runs with its own defaults in an empty runs folder, and what must not change is compared with
 # what is stored in it.
 notebook-tests: setup
-	runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && AGD_LIB_RUNS="$$runs" $(BIN)/python -m pytest notebooks --nbval-lax --nbval-current-env --nbval-cell-timeout=300 \
+	runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && AGD_LIB_RUNS="$$runs" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile notebooks --nbval-lax --nbval-current-env --nbval-cell-timeout=300 \
 		--nbval-sanitize-with tests/notebooks/sanitize.cfg -p no:cacheprovider
 
 lab: setup
