@@ -86,23 +86,25 @@ RECIPES: dict[str, Recipe] = {
 """For tiny-dit: sizes of at most 5 % of its parameters, and what trains them well in the time of an hour on two cores. The
 paper's own settings are the defaults of :class:`~agd_lib.training.TrainingSettings`."""
 
+_TEXT_SETTINGS = replace(_SETTINGS, num_steps=1_000, learning_rate=5e-3)
+
 _TEXT: tuple[tuple[float, ...], tuple[float, float], int, int] = ((2.0, 3.0, 5.0, 8.0), (1.0, 12.0), 8_000, 1_000)
 
 PLANS: dict[str, StudyPlan] = {
     "tiny-dit": StudyPlan(RECIPES, (1.5, 2.0, 2.5, 3.0, 4.0, 6.0), (1.0, 6.0), trajectories=24_000, n=1_700),
     "tiny-sd21": StudyPlan(
         {
-            "offset": Recipe(44, _SETTINGS),
-            "cross-attention": Recipe(40, _SETTINGS),
-            "modulated": Recipe(48, _SETTINGS, noise_ranges=2),
+            "offset": Recipe(44, _TEXT_SETTINGS),
+            "cross-attention": Recipe(40, _TEXT_SETTINGS),
+            "modulated": Recipe(41, replace(_TEXT_SETTINGS, num_steps=2_000), noise_ranges=2),
         },
         *_TEXT,
     ),
     "tiny-sdxl": StudyPlan(
         {
-            "offset": Recipe(28, _SETTINGS),
-            "cross-attention": Recipe(24, _SETTINGS),
-            "modulated": Recipe(28, _SETTINGS, noise_ranges=2),
+            "offset": Recipe(28, _TEXT_SETTINGS),
+            "cross-attention": Recipe(24, _TEXT_SETTINGS),
+            "modulated": Recipe(26, replace(_TEXT_SETTINGS, num_steps=2_000), noise_ranges=2),
         },
         *_TEXT,
     ),
@@ -222,20 +224,21 @@ def _in_parallel(
         pool.shutdown(cancel_futures=True)
 
 
-def write_study(path: Path, rows: Sequence[Row], command: str, seconds: float) -> None:
-    """Write rows with where they come from: command, commit, machine, and seconds (what an earlier invocation measured is read)."""
+def provenance(command: str, seconds: float) -> dict[str, Any]:
+    """Where results come from: command, commit, machine, and seconds (what an earlier invocation measured is read)."""
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
     commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=False)
-    write_json(
-        path,
-        {
-            "command": command,
-            "commit": commit.stdout.strip(),
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
-            "seconds_of_last_invocation": round(seconds),
-            "rows": [asdict(row) for row in rows],
-        },
-    )
+    return {
+        "command": command,
+        "commit": commit.stdout.strip(),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "seconds_of_last_invocation": round(seconds),
+    }
+
+
+def write_study(path: Path, rows: Sequence[Row], command: str, seconds: float) -> None:
+    """Write rows with where they come from."""
+    write_json(path, provenance(command, seconds) | {"rows": [asdict(row) for row in rows]})
 
 
 def read_study(path: Path) -> list[Row]:

@@ -68,7 +68,7 @@ Cycle = tuple[int, float, float]
 """Steps and peak learning rate of a one-cycle schedule, and the share of the images that have another image's caption."""
 
 TEXT_CYCLES: dict[ModelName, tuple[Cycle, ...]] = {
-    "sd21": ((2_000, 1e-3, 0.0), (3_000, 1e-3, 0.0)),
+    "sd21": ((2_000, 1e-3, 0.0), (3_000, 1e-3, 0.0), (1_000, 1e-3, 0.25)),
     "sdxl": ((2_000, 1e-3, 0.0), (1_000, 1e-3, 0.0), (1_000, 1e-3, 0.25)),
 }
 """The denoiser's training. More steps alone make a model that follows its prompts so well that guidance has little left to
