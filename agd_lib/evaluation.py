@@ -27,7 +27,7 @@ from .attributes import AttributeFeatures
 from .base_models import BaseModel, DiTBase, count_forwards
 from .errors import AGDError
 from .extractor import ShapesExtractor, load_local
-from .guidance import AGD, CFG, Guidance, Unguided
+from .guidance import AGD, CFG, Guidance, GuidanceInterval, Unguided
 from .results import Row, row_from_dict
 from .sampling import generate
 from .storage import read_json, read_tensors, write_json, write_tensors
@@ -464,15 +464,21 @@ def _inputs(
 ) -> dict[str, Any]:
     """Everything that a measurement depends on, as JSON would give it back."""
     kind, _, scale, _ = describe(guidance)
-    return {
-        "base": base.fingerprint(),
-        "scheduler": _digest(sorted(f"{k}={v}" for k, v in base.scheduler.config.items() if not k.startswith("_"))),
-        "guidance": [kind, scale, getattr(guidance, "guided_channels", None)],
-        "adapters": _digest(guidance.adapters.state_dict().values()) if isinstance(guidance, AGD) else None,
-        "samples": list(samples),
-        "reference": [reference.extractor, max_reference, _digest([reference.mean, reference.covariance])],
-        "latents": [None if given is None else _digest([given]) for given in latents],
-    } | ({} if base.decoder_fingerprint() is None else {"decoder": base.decoder_fingerprint()})
+    schedule = getattr(guidance, "scale", None)
+    interval = {"interval": [schedule.low, schedule.high]} if isinstance(schedule, GuidanceInterval) else {}
+    return (
+        interval
+        | {
+            "base": base.fingerprint(),
+            "scheduler": _digest(sorted(f"{k}={v}" for k, v in base.scheduler.config.items() if not k.startswith("_"))),
+            "guidance": [kind, scale, getattr(guidance, "guided_channels", None)],
+            "adapters": _digest(guidance.adapters.state_dict().values()) if isinstance(guidance, AGD) else None,
+            "samples": list(samples),
+            "reference": [reference.extractor, max_reference, _digest([reference.mean, reference.covariance])],
+            "latents": [None if given is None else _digest([given]) for given in latents],
+        }
+        | ({} if base.decoder_fingerprint() is None else {"decoder": base.decoder_fingerprint()})
+    )
 
 
 def _digest(parts: Iterable[Any]) -> str:
@@ -533,14 +539,18 @@ def within_class_distance(features: Tensor, labels: Sequence[int] | Tensor) -> f
 
 
 def describe(guidance: Guidance) -> tuple[str, str | None, float, int | None]:
-    """``(kind, adapter kind, scale, adapter parameters)`` of a guidance with one constant scale, for a row of results."""
+    """``(kind, adapter kind, scale, adapter parameters)`` of a guidance, for a row of results; an interval's scale is the
+    one inside."""
     if isinstance(guidance, Unguided):
         return "unguided", None, 1.0, None
-    if isinstance(guidance, CFG | AGD) and isinstance(guidance.scale, int | float):
+    if isinstance(guidance, CFG | AGD) and isinstance(guidance.scale, int | float | GuidanceInterval):
+        scale = guidance.scale.scale if isinstance(guidance.scale, GuidanceInterval) else guidance.scale
         if isinstance(guidance, CFG):
-            return "cfg", None, float(guidance.scale), None
-        return "agd", guidance.adapters.config.kind, float(guidance.scale), guidance.adapters.num_parameters()
-    raise ValueError(f"got {guidance!r}, expected Unguided(), or CFG or AGD with one number as scale")
+            return "cfg", None, float(scale), None
+        return "agd", guidance.adapters.config.kind, float(scale), guidance.adapters.num_parameters()
+    raise ValueError(
+        f"got {guidance!r}, expected Unguided(), or CFG or AGD with one number or a GuidanceInterval as scale"
+    )
 
 
 @dataclass(frozen=True)

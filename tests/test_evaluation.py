@@ -372,9 +372,9 @@ def test_a_measurement_that_was_cut_off_is_made_again_and_a_damaged_one_is_named
 
 
 def test_guidances_without_one_scale_have_no_row(dit_base: DiTBase) -> None:
-    assert describe(CFG(2)) == ("cfg", None, 2.0, None)
-    for guidance in (CFG(torch.tensor([1.0, 2.0])), CFG(GuidanceInterval(2.0, 0, 500)), object()):
-        with pytest.raises(ValueError, match="one number as scale"):
+    assert describe(CFG(2)) == describe(CFG(GuidanceInterval(2.0, 0, 500))) == ("cfg", None, 2.0, None)
+    for guidance in (CFG(torch.tensor([1.0, 2.0])), CFG(lambda timestep: 2.0), object()):
+        with pytest.raises(ValueError, match="one number or a GuidanceInterval as scale"):
             describe(guidance)  # type: ignore[arg-type]
 
 

@@ -1,0 +1,201 @@
+"""What adapters can do that they were not trained for: other schedules, scales, samplers. No training, only measuring.
+
+    python -m agd_lib.ablations tiny-dit interval --run runs/ablations/tiny-dit
+
+It measures classifier-free guidance and the shipped adapters in every variant of an ablation, from several seeds of
+noise, and writes ``data/results/<base>-<ablation>.json``. What is finished is kept below ``--run``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from tqdm.auto import tqdm
+
+from .attach import AdapterSet
+from .base_models import load_base
+from .errors import AGDError
+from .evaluation import Evaluation, default_extractor, evaluate, load_reference
+from .guidance import AGD, CFG, Guidance, GuidanceInterval, Unguided
+from .project import DATA
+from .results import Row, row_from_dict
+from .storage import read_json, write_json
+from .study import PLANS, SEEDS, measuring_conditions, provenance
+
+SAMPLERS: dict[str, Any] = {
+    "DDIM": DDIMScheduler,
+    "DDPM": DDPMScheduler,
+    "DPM-Solver++": DPMSolverMultistepScheduler,
+    "UniPC": UniPCMultistepScheduler,
+}
+"""diffusers' schedulers by the names of their methods, each with its own defaults and the base model's noise schedule."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to sample.
+
+    Attributes:
+        scale: guidance scale. interval: timesteps from and to which it holds, 1 outside; None: everywhere.
+        sampler: a name in :data:`SAMPLERS`. steps: of the sampler.
+    """
+
+    scale: float
+    interval: tuple[int, int] | None = None
+    sampler: str = "DDIM"
+    steps: int = 20
+
+    def schedule(self) -> float | GuidanceInterval:
+        """What CFG and AGD take as their scale."""
+        return self.scale if self.interval is None else GuidanceInterval(self.scale, *self.interval)
+
+
+def _intervals(scales: Sequence[float], lows: Sequence[int], highs: Sequence[int]) -> tuple[Variant, ...]:
+    inside = [Variant(scale, (low, high)) for low in lows for high in highs for scale in scales]
+    return (*(Variant(scale) for scale in scales), *inside)
+
+
+ABLATIONS: dict[str, dict[str, tuple[Variant, ...]]] = {
+    "interval": {
+        "tiny-dit": _intervals((1.5, 2.0, 2.5, 3.0, 4.0), (0, 200), (600, 800)),
+        "tiny-sd21": _intervals((2.0, 3.0, 5.0), (0, 200), (600, 800)),
+        "tiny-sdxl": _intervals((2.0, 3.0, 5.0), (0, 200), (600, 800)),
+    },
+    "sampler": {
+        name: tuple(
+            Variant(scale, sampler=sampler, steps=steps) for sampler in SAMPLERS for steps in (5, 10, 20, 50, 100)
+        )
+        for name, scale in (("tiny-dit", 2.0), ("tiny-sd21", 3.0), ("tiny-sdxl", 3.0))
+    },
+    "scale": {
+        "tiny-dit": tuple(Variant(scale) for scale in (0.5, 1.0, 1.25, 1.75, 2.25, 3.5, 5.0, 8.0, 12.0)),
+        "tiny-sd21": tuple(Variant(scale) for scale in (0.5, 1.5, 2.5, 4.0, 6.0, 12.0, 16.0)),
+        "tiny-sdxl": tuple(Variant(scale) for scale in (0.5, 1.5, 2.5, 4.0, 6.0, 12.0, 16.0)),
+    },
+}
+"""Ablation -> base model -> what is measured. ``scale``: between and beyond the scales that the adapters were trained on."""
+
+
+@dataclass(frozen=True)
+class VariantRow:
+    """One measurement: what :class:`~agd_lib.results.Row` says, and how it was sampled."""
+
+    variant: Variant
+    row: Row
+
+
+def measure(base_name: str, run: Path, kind: str, variant: Variant, seed: int, n: int) -> VariantRow:
+    """Sample and measure one variant; what was measured before is read.
+
+    Args:
+        kind: ``"unguided"``, ``"cfg"``, or the kind of the shipped adapters. The endpoint error of adapters is against CFG
+            of the same variant.
+    """
+    torch.set_num_threads(1)
+    base = load_base(base_name)
+    base.scheduler = SAMPLERS[variant.sampler].from_config(base.scheduler.config)
+    extractor, reference_path = default_extractor(base, DATA)
+    assert reference_path is not None
+    sampled = f"{variant.sampler}-{variant.steps}"
+
+    def measured(guidance: Guidance, unguided: Evaluation | None = None, cfg: Evaluation | None = None) -> Evaluation:
+        everywhere = isinstance(guidance, Unguided) or variant.interval is None
+        place = sampled if everywhere else f"{sampled}-from{variant.interval[0]}to{variant.interval[1]}"  # type: ignore[index]
+        return evaluate(
+            base,
+            guidance,
+            load_reference(reference_path, extractor),
+            extractor,
+            n,
+            seed,
+            variant.steps,
+            unguided_latents=unguided.latents if unguided else None,
+            cfg_latents=cfg.latents if cfg else None,
+            progress=False,
+            keep=run / place,
+            conditions=measuring_conditions(base, n, seed),
+        )
+
+    unguided = measured(Unguided())
+    if kind == "unguided":
+        return VariantRow(variant, unguided.row)
+    cfg = measured(CFG(variant.schedule()))
+    if kind == "cfg":
+        return VariantRow(variant, cfg.row)
+    adapters = AdapterSet.from_pretrained(DATA / base.name / "adapters" / kind).attach(base)
+    return VariantRow(variant, measured(AGD(adapters, variant.schedule()), unguided, cfg).row)
+
+
+def write_ablation(path: Path, rows: Sequence[VariantRow], command: str, seconds: float) -> None:
+    """Write the rows with where they come from."""
+    values = [{"variant": asdict(row.variant), "row": asdict(row.row)} for row in rows]
+    write_json(path, provenance(command, seconds) | {"rows": values})
+
+
+def read_ablation(path: Path) -> list[VariantRow]:
+    """The rows of a file that :func:`write_ablation` wrote.
+
+    Raises:
+        AGDError: if it is missing or malformed.
+    """
+    found = []
+    names = {field.name for field in fields(Variant)}
+    for number, value in enumerate(read_json(path, AGDError, "ablation")["rows"]):
+        if value.keys() != {"variant", "row"} or value["variant"].keys() != names:
+            raise AGDError(f"{path}, row {number} is not a variant and its row: measure it again")
+        interval = value["variant"]["interval"]
+        variant = Variant(**(value["variant"] | {"interval": None if interval is None else tuple(interval)}))
+        found.append(VariantRow(variant, row_from_dict(value["row"], f"{path}, row {number}")))
+    return found
+
+
+def _units(
+    variants: Sequence[Variant], kinds: Sequence[str], seeds: Sequence[int]
+) -> Iterator[tuple[str, Variant, int]]:
+    """What is to be measured, each sampling once, and what others are compared with before them."""
+    samplings = dict.fromkeys((variant.sampler, variant.steps) for variant in variants)
+    plain = [Variant(1.0, sampler=sampler, steps=steps) for sampler, steps in samplings]
+    yield from itertools.product(["unguided"], plain, seeds)
+    for kind in ("cfg", *kinds):
+        yield from itertools.product([kind], variants, seeds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("base", choices=list(PLANS))
+    parser.add_argument("ablation", choices=list(ABLATIONS))
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--kinds", nargs="+", default=["modulated"], help="kinds of the shipped adapters")
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--n", type=int, default=None, help="images for each; by default as many as in the study")
+    parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
+    arguments = parser.parse_args()
+    start, n = time.perf_counter(), arguments.n or PLANS[arguments.base].n
+    variants = ABLATIONS[arguments.ablation][arguments.base]
+    pool = ProcessPoolExecutor(arguments.workers, mp_context=get_context("spawn"))
+    rows: list[VariantRow] = []
+    try:
+        for kind, units in itertools.groupby(_units(variants, arguments.kinds, arguments.seeds), lambda unit: unit[0]):
+            jobs = [pool.submit(measure, arguments.base, arguments.run, *unit, n) for unit in units]
+            rows += [job.result() for job in tqdm(jobs, desc=kind)]
+    finally:
+        pool.shutdown(cancel_futures=True)
+    command = "python -m agd_lib.ablations " + shlex.join(sys.argv[1:])
+    path = DATA / "results" / f"{arguments.base}-{arguments.ablation}.json"
+    write_ablation(path, rows, command, time.perf_counter() - start)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Ablations: every variant is measured as it says, once, and read back as it was written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler
+from safetensors.torch import load_file
+
+from agd_lib import CFG, GuidanceInterval, load_base
+from agd_lib.ablations import ABLATIONS, SAMPLERS, Variant, VariantRow, _units, measure, read_ablation, write_ablation
+from agd_lib.errors import AGDError
+from agd_lib.sampling import generate
+from agd_lib.storage import read_json, write_json
+from agd_lib.study import PLANS
+
+N = 140  # more than the extractor has features
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ablations")
+
+
+def test_every_base_model_of_the_study_has_every_ablation() -> None:
+    for variants in ABLATIONS.values():
+        assert variants.keys() == PLANS.keys()
+        assert all(len(set(each)) == len(each) for each in variants.values())
+
+
+def test_guidance_within_an_interval(run: Path) -> None:
+    inside, everywhere = Variant(2.0, (300, 700), steps=4), Variant(2.0, steps=4)
+    rows = {kind: measure("tiny-dit", run, kind, inside, 0, N).row for kind in ("unguided", "cfg", "modulated")}
+    timesteps = load_base("tiny-dit").scheduler
+    timesteps.set_timesteps(4)
+    guided = sum(300 <= t <= 700 for t in timesteps.timesteps.tolist())
+    assert 0 < guided < 4
+    assert [row.nfe for row in rows.values()] == [4, 4 + guided, 4]  # outside the interval CFG has one pass, too
+    assert all(row.scale == 2.0 for name, row in rows.items() if name != "unguided")
+    assert rows["modulated"].endpoint_mse_ratio is not None and rows["modulated"].endpoint_mse_ratio < 0.6
+    assert measure("tiny-dit", run, "cfg", everywhere, 0, N).row.nfe == 8
+    assert measure("tiny-dit", run, "cfg", inside, 0, N).row == rows["cfg"]  # was kept, and not taken for the other
+
+
+def test_the_samplers_are_diffusers_own(run: Path) -> None:
+    variant = Variant(2.0, sampler="DPM-Solver++", steps=3)
+    row = measure("tiny-dit", run, "cfg", variant, 5, N).row
+    assert (row.nfe, row.steps, row.seed) == (6, 3, 5)
+    base = load_base("tiny-dit")
+    base.scheduler = DPMSolverMultistepScheduler.from_config(base.scheduler.config)
+    expected = torch.cat(list(generate(base, base.all_conditions() * 7, CFG(2.0), 3, 5)))
+    kept = load_file(run / "DPM-Solver++-3" / "cfg-2-seed5.safetensors")["latents"]
+    torch.testing.assert_close(kept, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_each_sampling_is_asked_once_and_what_others_need_before_them() -> None:
+    variants = ABLATIONS["sampler"]["tiny-dit"]
+    units = list(_units(variants, ["modulated"], (0, 1)))
+    assert len(set(units)) == len(units) == 2 * len(variants) * 3
+    kinds = [kind for kind, _, _ in units]
+    assert kinds == sorted(kinds, key=["unguided", "cfg", "modulated"].index)
+    assert {variant.sampler for _, variant, _ in units} == set(SAMPLERS)
+
+
+def test_rows_survive_the_disk_and_malformed_ones_are_named(run: Path, tmp_path: Path) -> None:
+    variant = Variant(2.0, (300, 700), steps=4)
+    rows = [measure("tiny-dit", run, "cfg", variant, 0, N)]
+    path = tmp_path / "ablation.json"
+    write_ablation(path, rows, "python -m something", 1.0)
+    assert read_ablation(path) == rows == [VariantRow(variant, rows[0].row)]
+    value: Any = read_json(path, AGDError, "ablation")
+    assert value["command"] == "python -m something"
+    del value["rows"][0]["variant"]["sampler"]
+    write_json(path, value)
+    with pytest.raises(AGDError, match="row 0 is not a variant and its row"):
+        read_ablation(path)
+
+
+def test_the_schedule_is_the_scale_inside_and_one_outside() -> None:
+    schedule = Variant(3.0, (200, 800)).schedule()
+    assert schedule == GuidanceInterval(3.0, 200, 800)
+    assert Variant(3.0).schedule() == 3.0
