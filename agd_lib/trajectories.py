@@ -32,7 +32,7 @@ from .base_models import BaseModel, Condition
 from .errors import StoreError
 from .guidance import CFG
 from .sampling import initial_latents, noise_generators, sample, sample_seed
-from .storage import lock_folder, read_json, read_tensors, sha256, write_json, write_tensors
+from .storage import lock_folder, read_json, read_tensors, sha256, write_json, write_tensors, writing
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
@@ -598,19 +598,94 @@ def mean_over_timesteps(
     return means[0], means[1]
 
 
-def noised_data_states(store: TrajectoryStore, clean_latents: Tensor, base: BaseModel, seed: int = 0) -> Tensor:
+def noised_data_states(
+    store: TrajectoryStore,
+    clean_latents: Tensor,
+    base: BaseModel,
+    seed: int = 0,
+    clean_conditions: Tensor | None = None,
+) -> Tensor:
     """States of the ordinary diffusion for comparison: clean latents noised to the store's own timesteps.
 
     Args:
         clean_latents: (N, C, H, W), scaled latents of real images; drawn from with replacement.
+        clean_conditions: (N,), the index of each one's condition in the store, which must all be there: then every state is
+            made of an image of its own condition.
 
     Returns:
         (len(store), C, H, W): row i is noised to the timestep of the store's state i, and like it as the denoiser sees it
         (the Euler schedulers' own ``add_noise`` gives it before their input scaling).
+
+    Raises:
+        ValueError: if no clean latents are of a condition of the store.
     """
     generator = torch.Generator().manual_seed(seed)
     timesteps = store.column("timestep")
-    chosen = clean_latents[torch.randint(len(clean_latents), (len(timesteps),), generator=generator)]
-    noise = torch.randn(chosen.shape, generator=generator)
+    if clean_conditions is None:
+        chosen = torch.randint(len(clean_latents), (len(timesteps),), generator=generator)
+    else:
+        chosen = torch.empty(len(timesteps), dtype=torch.int64)
+        conditions = store.column("condition")
+        for condition in conditions.unique().tolist():
+            members = (clean_conditions == condition).nonzero().flatten()
+            if len(members) == 0:
+                raise ValueError(
+                    f"got no clean latents of condition {condition} of {store.folder}, expected some of each"
+                )
+            wanted = conditions == condition
+            chosen[wanted] = members[torch.randint(len(members), (int(wanted.sum()),), generator=generator)]
+    noise = torch.randn((len(timesteps), *clean_latents.shape[1:]), generator=generator)
     alpha_bar = base.scheduler.alphas_cumprod[timesteps][:, None, None, None]
-    return alpha_bar.sqrt() * chosen + (1 - alpha_bar).sqrt() * noise
+    return alpha_bar.sqrt() * clean_latents[chosen] + (1 - alpha_bar).sqrt() * noise
+
+
+@torch.no_grad()
+def with_other_states(
+    store: TrajectoryStore, base: BaseModel, latents: Tensor, folder: str | Path, batch_size: int = 256
+) -> TrajectoryStore:
+    """A store like another one but for its states: the teacher is asked again, at the same timesteps, scales and conditions.
+
+    To train on states that no trajectory visits, such as :func:`noised_data_states`, and compare.
+
+    Args:
+        latents: (len(store), C, H, W), as the denoiser takes them. folder: replaced if it exists.
+
+    Raises:
+        StoreError: if the store is unfinished or of another base model, or a prediction is NaN or infinite.
+        ValueError: if there is not one state of latents for each of the store.
+    """
+    store.check_base(base)
+    if not store.complete:
+        raise StoreError(f"{store.folder} is unfinished: run collect() on it again, it resumes")
+    if len(latents) != len(store):
+        raise ValueError(
+            f"got {len(latents)} latents, expected one for each of the {len(store)} states of {store.folder}"
+        )
+    dtype, entries, first = _DTYPES[store.manifest["dtype"]], [], 0
+    with writing(Path(folder)) as temporary:
+        temporary.mkdir()
+        for entry in store.manifest["shards"]:
+            indices = torch.arange(first, first + entry["rows"])
+            rows = {name: store.column(name)[indices] for name in ("timestep", "guidance_scale", "condition", "signal")}
+            rows |= {"latents": latents[indices].to(dtype), "target": torch.empty_like(latents[indices], dtype=dtype)}
+            for timestep in rows["timestep"].unique().tolist():
+                for part in (rows["timestep"] == timestep).nonzero().flatten().split(batch_size):
+                    scales = rows["guidance_scale"][part].to(base.device)
+                    teacher = _RecordingCFG(scales, store.manifest["guided_channels"])
+                    at = rows["condition"][part]
+                    condition = {name: value[at].to(base.device) for name, value in store.conditions.items()}
+                    given = latents[indices[part]].to(base.device)
+                    rows["target"][part] = teacher.predict(base, given, timestep, condition).to("cpu", dtype)
+                    rows["signal"][part] = teacher.signal.cpu()
+            _check_finite(rows, range(store.manifest["num_trajectories"]))
+            path = temporary / entry["file"]
+            write_tensors(path, rows)
+            entries.append(entry | {"bytes": path.stat().st_size, "sha256": sha256(path)})
+            first += entry["rows"]
+        write_tensors(temporary / CONDITIONS, store.conditions)
+        _write_manifest(
+            temporary,
+            {name: value for name, value in store.manifest.items() if name != "manifest_sha256"}
+            | {"shards": entries, "conditions_sha256": sha256(temporary / CONDITIONS), "states_of": "another source"},
+        )
+    return TrajectoryStore(folder, check=False)

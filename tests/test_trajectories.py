@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 import agd_lib.trajectories
 from agd_lib.base_models import DiTBase, count_forwards, load_base
 from agd_lib.errors import AGDError, StoreError, WriteError
+from agd_lib.guidance import CFG
 from agd_lib.storage import sha256
 from agd_lib.trajectories import (
     CollectionPlan,
@@ -37,6 +38,7 @@ from agd_lib.trajectories import (
     noised_data_states,
     predicted_size,
     read_manifest,
+    with_other_states,
 )
 
 LABELS = (0, 1, 2, 3, 4)
@@ -711,6 +713,47 @@ def test_noised_data_have_the_variance_of_their_timesteps(base: DiTBase, collect
     noise = (states - 2 * alphas.sqrt().view(-1, 1, 1, 1)) / (1 - alphas).sqrt().view(-1, 1, 1, 1)
     assert abs(float(noise.mean())) < 0.05 and abs(float(noise.std()) - 1) < 0.03
     assert torch.equal(states, noised_data_states(store, torch.full((1, 4, 8, 8), 2.0), base, seed=1))
+
+
+def test_noised_data_of_each_states_own_condition(base: DiTBase, collected: Path) -> None:
+    store = TrajectoryStore(collected)
+    clean = torch.tensor([0.0, 100.0, 200.0, 300.0, 400.0, 400.0])[:, None, None, None].expand(6, 4, 8, 8)
+    labels = torch.tensor([0, 1, 2, 3, 4, 4])
+    states = noised_data_states(store, clean, base, clean_conditions=labels)
+    alphas = base.scheduler.alphas_cumprod[store.column("timestep")]
+    means = states.mean(dim=(1, 2, 3)) / alphas.sqrt()
+    torch.testing.assert_close(means, 100.0 * store.column("condition"), rtol=0.05, atol=5)
+    with pytest.raises(ValueError, match="got no clean latents of condition 4"):
+        noised_data_states(store, clean[:4], base, clean_conditions=labels[:4])
+
+
+def test_a_store_with_the_same_states_has_the_same_targets(base: DiTBase, collected: Path, tmp_path: Path) -> None:
+    store = TrajectoryStore(collected)
+    everything = store.batch(torch.arange(len(store)))
+    again = with_other_states(store, base, everything.latents, tmp_path / "again", batch_size=2)
+    assert again.complete and TrajectoryStore(tmp_path / "again").manifest["base_fingerprint"] == base.fingerprint()
+    batch = again.batch(torch.arange(len(store)))
+    for name in ("latents", "timestep", "guidance_scale"):
+        assert torch.equal(getattr(batch, name), getattr(everything, name)), name
+    torch.testing.assert_close(batch.target, everything.target, rtol=5e-3, atol=5e-3)  # states were rounded to float16
+    torch.testing.assert_close(batch.signal, everything.signal, rtol=5e-2, atol=1e-3)
+
+
+def test_a_store_with_other_states_has_the_teachers_answers_there(
+    base: DiTBase, collected: Path, tmp_path: Path
+) -> None:
+    store = TrajectoryStore(collected)
+    states = noised_data_states(store, torch.zeros(1, 4, 8, 8), base, seed=2)
+    other = with_other_states(store, base, states, tmp_path / "other")
+    for index in (0, 17, 32):
+        batch = other.batch(torch.tensor([index]))
+        scale = float(batch.guidance_scale)
+        expected = CFG(scale).predict(base, states[index : index + 1], float(batch.timestep), batch.condition)
+        torch.testing.assert_close(batch.target, expected.detach(), rtol=1e-2, atol=1e-2)
+    assert other.manifest["shards"][0]["sha256"] != store.manifest["shards"][0]["sha256"]
+    with pytest.raises(ValueError, match="got 5 latents, expected one for each of the 33 states"):
+        with_other_states(store, base, states[:5], tmp_path / "other")
+    with_other_states(store, base, states, tmp_path / "other")  # replaces it
 
 
 def test_shards_that_are_whole_but_not_listed_are_taken_and_damaged_ones_are_made_again(
