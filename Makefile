@@ -56,7 +56,7 @@ unit: setup
 # Every committed notebook runs with its own defaults in an empty runs folder, and what must not change is compared with
 # what is stored in it.
 notebook-tests: setup
-	runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && AGD_LIB_RUNS="$$runs" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile notebooks --nbval-lax --nbval-current-env --nbval-cell-timeout=300 \
+	runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && AGD_LIB_RUNS="$$runs" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile notebooks --nbval-lax --nbval-current-env --nbval-cell-timeout=600 \
 		--nbval-sanitize-with tests/notebooks/sanitize.cfg -p no:cacheprovider
 
 lab: setup

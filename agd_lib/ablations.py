@@ -62,16 +62,19 @@ class Variant:
         return self.scale if self.interval is None else GuidanceInterval(self.scale, *self.interval)
 
 
-def _intervals(scales: Sequence[float], lows: Sequence[int], highs: Sequence[int]) -> tuple[Variant, ...]:
-    inside = [Variant(scale, (low, high)) for low in lows for high in highs for scale in scales]
-    return (*(Variant(scale) for scale in scales), *inside)
+INTERVALS: tuple[tuple[int, int], ...] = ((0, 600), (200, 800), (200, 600))
+"""Timesteps from and to which guidance is tried to hold."""
+
+
+def _intervals(*scales: float) -> tuple[Variant, ...]:
+    return tuple(Variant(scale, interval) for interval in (None, *INTERVALS) for scale in scales)
 
 
 ABLATIONS: dict[str, dict[str, tuple[Variant, ...]]] = {
     "interval": {
-        "tiny-dit": _intervals((1.5, 2.0, 2.5, 3.0, 4.0), (0, 200), (600, 800)),
-        "tiny-sd21": _intervals((2.0, 3.0, 5.0), (0, 200), (600, 800)),
-        "tiny-sdxl": _intervals((2.0, 3.0, 5.0), (0, 200), (600, 800)),
+        "tiny-dit": _intervals(2.0, 3.0, 4.0),
+        "tiny-sd21": _intervals(2.0, 3.0, 5.0),
+        "tiny-sdxl": _intervals(2.0, 3.0, 5.0),
     },
     "sampler": {
         name: tuple(

@@ -706,6 +706,60 @@ def curves_over_scale(rows: Sequence[Row], measures: Sequence[str] = CURVES) -> 
     return figure
 
 
+def lines(
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    x_label: str,
+    y_label: str,
+    title: str = "",
+    colours: Mapping[str, str] | None = None,
+    shaded: tuple[float, float] | None = None,
+    x_log: bool = False,
+) -> Figure:
+    """One line through the points of each curve.
+
+    Args:
+        curves: label -> (x, y). colours: label -> colour; the others take their turn in matplotlib's cycle.
+        shaded: a range of x with a grey ground. x_log: logarithmic x, with a tick at every point.
+    """
+    figure, axis = plt.subplots(figsize=(7.5, 3.8))
+    for label, (x, y) in curves.items():
+        axis.plot(x, y, label=label, color=(colours or {}).get(label), marker="o", markersize=4)
+    if shaded is not None:
+        axis.axvspan(*shaded, color="#eeeeee", zorder=0)
+    if x_log:
+        axis.set_xscale("log")
+        ticks = sorted({value for x, _ in curves.values() for value in x})
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.minorticks_off()
+    axis.set(xlabel=x_label, ylabel=y_label)
+    axis.set_title(title, fontsize=11)
+    axis.grid(alpha=0.3)
+    if len(curves) > 1:
+        axis.legend(fontsize=8)
+    return _finish(figure)
+
+
+def schedules(intervals: Mapping[str, tuple[int, int] | None], scale: float, num_train_timesteps: int) -> Figure:
+    """Guidance intervals: the scale over the timestep, one panel each; time runs from left (noise) to right (image).
+
+    Args:
+        intervals: label -> timesteps from and to which guidance holds, None: everywhere.
+    """
+    figure, axes = plt.subplots(1, len(intervals), figsize=(2.4 * len(intervals), 1.9), sharey=True, squeeze=False)
+    timesteps = np.arange(num_train_timesteps)
+    for axis, (label, interval) in zip(axes[0], intervals.items()):
+        low, high = interval or (0, num_train_timesteps)
+        values = np.where((timesteps >= low) & (timesteps <= high), scale, 1.0)
+        axis.fill_between(timesteps, 1.0, values, step="mid", color=COLOURS["cfg"], alpha=0.25)
+        axis.plot(timesteps, values, color=COLOURS["cfg"])
+        axis.set_xlim(num_train_timesteps, 0)
+        axis.set_title(label, fontsize=9)
+        axis.set_xlabel("timestep t", fontsize=8)
+        axis.tick_params(labelsize=8)
+    axes[0, 0].set_ylabel("w(t)", fontsize=9)
+    return _finish(figure)
+
+
 def frechet_illustration(shifts: Sequence[float] = (0.0, 1.5), spreads: Sequence[float] = (1.0, 0.4)) -> Figure:
     """One-dimensional Gaussians that differ in mean, in spread, or in both, each with its Fréchet distance."""
     x = np.linspace(-4, 5, 400)

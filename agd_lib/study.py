@@ -86,7 +86,7 @@ RECIPES: dict[str, Recipe] = {
 """For tiny-dit: sizes of at most 5 % of its parameters, and what trains them well in the time of an hour on two cores. The
 paper's own settings are the defaults of :class:`~agd_lib.training.TrainingSettings`."""
 
-_TEXT_SETTINGS = replace(_SETTINGS, num_steps=1_000, learning_rate=5e-3)
+_TEXT_SETTINGS = replace(_SETTINGS, num_steps=1_000, batch_size=64, learning_rate=5e-3)
 
 _TEXT: tuple[tuple[float, ...], tuple[float, float], int, int] = ((2.0, 3.0, 5.0, 8.0), (1.0, 12.0), 8_000, 1_000)
 

@@ -112,3 +112,22 @@ def test_bars_of_memory_are_as_long_as_their_parts_together() -> None:
     ends = [max(patch.get_x() + patch.get_width() for patch in axis.patches if patch.get_y() < row < patch.get_y() + 0.6) for row in (0, 1)]  # fmt: skip
     assert ends == [12.0, 7.0]
     assert [line.get_xdata()[0] for line in axis.lines] == [8, 24]
+
+
+def test_lines_go_through_their_points_and_every_point_has_a_tick() -> None:
+    curves = {"a": ([1.0, 2.0, 12.0], [0.1, 0.2, 0.3]), "b": ([2.0, 8.0], [0.4, 0.5])}
+    (axis,) = figures.lines(curves, "w", "error", colours={"a": "red"}, shaded=(1, 6), x_log=True).axes
+    assert [list(line.get_xdata()) for line in axis.lines] == [[1.0, 2.0, 12.0], [2.0, 8.0]]
+    assert axis.lines[0].get_color() == "red"
+    assert [tick.get_text() for tick in axis.get_xticklabels()] == ["1", "2", "8", "12"]
+    (ground,) = axis.patches
+    assert ground.get_x() == 1 and ground.get_width() == 5
+
+
+def test_a_schedule_is_one_outside_its_interval() -> None:
+    first, second = figures.schedules({"everywhere": None, "middle": (200, 800)}, 3.0, 1000).axes
+    assert set(first.lines[0].get_ydata()) == {3.0}
+    values = second.lines[0].get_ydata()
+    assert [values[t] for t in (0, 199, 200, 800, 801, 999)] == [1, 1, 3, 3, 1, 1]
+    left, right = first.get_xlim()
+    assert left > right
