@@ -69,8 +69,8 @@ def speed_table(path: Path) -> str:
 
 TABLES: dict[str, Callable[[Path], str]] = {
     "tiny-dit": results_table,
-    "tiny-sd21-gate": results_table,
-    "tiny-sdxl-gate": results_table,
+    "tiny-sd21": results_table,
+    "tiny-sdxl": results_table,
 }
 """How the table of each file is made."""
 

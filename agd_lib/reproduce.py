@@ -108,8 +108,13 @@ LANES: dict[str, tuple[Notebook, ...]] = {
             makes=("held-out-trajectories", "checkpoints", "adapters", "training.json"),
         ),
         _evaluation("03_train_dit_adapters"),
+        Notebook("07_ablations", needs=("03_train_dit_adapters",), makes=("ablations",)),
     ),
-    "sd21": (Notebook("04_train_sd21_adapters", makes=_MADE_IN_TRAINING), _evaluation("04_train_sd21_adapters")),
+    "sd21": (
+        Notebook("04_train_sd21_adapters", makes=_MADE_IN_TRAINING),
+        _evaluation("04_train_sd21_adapters"),
+        Notebook("08_use_and_combine", needs=("04_train_sd21_adapters",), makes=("fused", "derived", "to-share")),
+    ),
     "sdxl": (Notebook("05_train_sdxl_adapters", makes=_MADE_IN_TRAINING), _evaluation("05_train_sdxl_adapters")),
 }
 """The notebooks that serve each kind of base model, in the order in which they run."""
@@ -239,11 +244,15 @@ def _digest(value: Any) -> str:
 
 
 def _data_manifest(base: str) -> list[list[str | int]]:
-    """Every file of a base model that lies on this machine, the model cards aside; empty for one from the hub."""
+    """Every file of a base model that lies on this machine, the model cards aside; empty for one from the hub.
+
+    Those of what is shipped to go with it (``data/tiny-sd21-controlnet``) are among them.
+    """
     folder = DATA / base if base in KNOWN_BASES else Path(base)
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix != ".md") if folder.is_dir() else []
+    folders = [folder, *DATA.glob(f"{base}-*")] if base in KNOWN_BASES else [folder]
+    files = sorted(p for one in folders for p in one.rglob("*") if p.is_file() and p.suffix != ".md")
     if folder.is_relative_to(ROOT):
-        return [[p.relative_to(folder).as_posix(), sha256(p)] for p in files]
+        return [[p.relative_to(folder.parent).as_posix(), sha256(p)] for p in files]
     return [[p.relative_to(folder).as_posix(), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
 
 

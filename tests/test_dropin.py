@@ -620,38 +620,56 @@ def test_with_lora(sd: StableDiffusionPipeline, when: str) -> None:
     assert trainable == [p.requires_grad for p in sd.unet.parameters()]  # somebody may be training it
 
 
-@pytest.mark.parametrize("adapter_kind", ["cross-attention", "modulated"])
-def test_with_ip_adapter(sd: StableDiffusionPipeline, adapter_kind: str) -> None:
-    adapters = trained(sd, adapter_kind)
-    load_agd(sd, adapters)
-    alone = run(sd, 3.0)
-    sd.agd.unload()
-    generator = torch.Generator().manual_seed(1)
-    tokens, width = 4, sd.unet.config.cross_attention_dim
+def load_random_ip_adapter(pipe: Any, generator: torch.Generator) -> None:
+    """An IP-Adapter of four image tokens, for image embeddings of six numbers."""
+    tokens, width = 4, pipe.unet.config.cross_attention_dim
     shapes = {"proj.weight": (tokens * width, 6), "proj.bias": (tokens * width,)}
     image_proj = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     image_proj |= {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
-    cross = [name for name in sd.unet.attn_processors if "attn2" in name]
+    cross = [name for name in pipe.unet.attn_processors if "attn2" in name]
     ip = {}
     for i, name in enumerate(cross):
-        inner = sd.unet.get_submodule(name.removesuffix(".processor")).inner_dim
+        inner = pipe.unet.get_submodule(name.removesuffix(".processor")).inner_dim
         for layer in ("to_k_ip", "to_v_ip"):
             ip[f"{2 * i + 1}.{layer}.weight"] = torch.randn(inner, width, generator=generator)
-    sd.load_ip_adapter({"image_proj": image_proj, "ip_adapter": ip}, "", "", image_encoder_folder=None)
+    pipe.load_ip_adapter({"image_proj": image_proj, "ip_adapter": ip}, "", "", image_encoder_folder=None)
+
+
+@pytest.mark.parametrize("adapter_kind", ["offset", "cross-attention", "modulated"])
+@pytest.mark.parametrize("kind", [StableDiffusionPipeline, StableDiffusionXLPipeline], ids=["sd", "sdxl"])
+def test_with_ip_adapter(kind: Any, adapter_kind: str, tmp_path: Path) -> None:
+    pipe = build(kind, tmp_path)
+    adapters = trained(pipe, adapter_kind)
+    untouched = run(pipe, 1.0)
+    load_agd(pipe, adapters)
+    alone = run(pipe, 3.0)
+    pipe.agd.unload()
+    generator = torch.Generator().manual_seed(1)
+    load_random_ip_adapter(pipe, generator)
     pictures = torch.randn(1, 1, 6, generator=generator)  # one, for every prompt
     unguided, guided = ({"ip_adapter_image_embeds": [p]} for p in (pictures, torch.cat([0 * pictures, pictures])))
-    cfg = run(sd, 3.0, **guided)
-    without_agd = run(sd, 1.0, **unguided)
-    load_agd(sd, adapters)
-    with batches(sd) as seen:
-        both = run(sd, 3.0, **unguided)
+    cfg = run(pipe, 3.0, **guided)
+    without_agd = run(pipe, 1.0, **unguided)
+    load_agd(pipe, adapters)
+    with batches(pipe) as seen:
+        both = run(pipe, 3.0, **unguided)
     assert seen == [2] * STEPS
     assert far(both, without_agd) and far(both, alone)
-    assert far(both, run(sd, 3.0, ip_adapter_image_embeds=[-pictures]))
-    with sd.agd.disabled():
-        assert torch.equal(run(sd, 3.0, **guided), cfg)
-    sd.agd.unload()
-    assert torch.equal(run(sd, 1.0, **unguided), without_agd)
+    assert far(both, run(pipe, 3.0, ip_adapter_image_embeds=[-pictures]))
+    assert far(both, run(pipe, 6.0, **unguided))
+    pipe.set_ip_adapter_scale(0.0)  # the picture is not heard: AGD alone
+    torch.testing.assert_close(run(pipe, 3.0, **unguided), alone, rtol=1e-4, atol=1e-5)
+    pipe.set_ip_adapter_scale(1.0)
+    assert torch.equal(run(pipe, 3.0, **unguided), both)
+    with pipe.agd.disabled():
+        assert torch.equal(run(pipe, 3.0, **guided), cfg)
+    pipe.agd.unload()
+    assert torch.equal(run(pipe, 1.0, **unguided), without_agd)
+    load_agd(pipe, adapters)
+    pipe.unload_ip_adapter()
+    assert torch.equal(run(pipe, 3.0), alone)
+    pipe.agd.unload()
+    assert torch.equal(run(pipe, 1.0), untouched)
 
 
 @pytest.mark.parametrize(

@@ -153,14 +153,14 @@ def every_table(text: str) -> str:
 
 @pytest.mark.parametrize("harm", ["no marks", "one mark", "twice", "the other way round"])
 def test_a_readme_without_a_place_for_a_table_is_refused(harm: str) -> None:
-    begin, end = marks("tiny-sd21-gate")
+    begin, end = marks("tiny-sd21")
     harmed = {
         "no marks": every_table("").replace(begin, "").replace(end, ""),
         "one mark": every_table("").replace(end, ""),
         "twice": every_table("") + begin + end,
         "the other way round": every_table("").replace(begin + end, end + begin),
     }
-    with pytest.raises(ReadmeError, match=r"tiny-sd21-gate: begin.*once each and in this order"):
+    with pytest.raises(ReadmeError, match=r"tiny-sd21: begin.*once each and in this order"):
         with_tables(harmed[harm])
 
 

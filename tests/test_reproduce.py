@@ -347,6 +347,12 @@ def test_every_notebook_of_a_lane_exists_and_takes_base_and_run_folder() -> None
             assert {"base_name", "run_dir"} <= declared_parameters(ROOT / "notebooks" / f"{notebook.name}.ipynb")
 
 
+def test_what_is_shipped_for_a_small_model_counts_among_its_files() -> None:
+    folders = {str(row[0]).split("/")[0] for row in module._data_manifest("tiny-sd21")}
+    assert folders == {"tiny-sd21", "tiny-sd21-controlnet", "tiny-sd21-faded"}
+    assert {str(row[0]).split("/")[0] for row in module._data_manifest("tiny-sdxl")} == {"tiny-sdxl"}
+
+
 def test_names_of_base_models_make_file_names() -> None:
     names = ["tiny-dit", "facebook/DiT-XL-2-256", "some/folder/my-dit/", "a b"]
     assert [folder_name(name) for name in names] == ["tiny-dit", "DiT-XL-2-256", "my-dit", "a-b"]
