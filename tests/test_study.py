@@ -58,6 +58,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Path]:
     recipes = {"offset": Recipe(4, TrainingSettings(2, 4, 1e-3))}
     monkeypatch.setitem(PLANS, folder, StudyPlan(recipes, (2.0,), (1.0, 4.0), trajectories=6, n=80))
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: None)  # takes longer than all the rest
+    monkeypatch.setattr(study, "has_fast_bfloat16", lambda: False)  # a process has one precision, and others set it
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
     plan = CollectionPlan((0, 1, 2), 6, (1.0, 4.0), num_inference_steps=2)
     collect(load_base(folder), plan, tmp_path / "run" / "trajectories", progress=False)
