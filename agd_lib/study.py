@@ -256,7 +256,7 @@ def ship(run: Path, rows: Sequence[Row], kinds: Sequence[str], seed: int, folder
         card = (
             default_card(adapters.config)
             + f"\n## Results\n\nMean ± standard deviation over {len(seeds)} seeds (of training and of noise; the shipped "
-            f"adapters are those of seed {seed}). FD is a Frechet distance in the features of the shapes extractor, "
+            f"adapters are those of seed {seed}). FD is a Frechet distance in the features of {rows[0].extractor}, "
             f"not an FID. Source: `{display_path(results)}`.\n\n{markdown_table(mine)}\n"
         )
         adapters.save_pretrained(folder / kind, card)

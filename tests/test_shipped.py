@@ -74,6 +74,8 @@ def test_tables_are_of_these_models(name: str) -> None:
     for kind in ADAPTERS:
         shipped = AdapterSet.from_pretrained(DATA / base.name / "adapters" / kind)
         assert {row.adapter_parameters for row in rows if row.adapter == kind} == {shipped.num_parameters()}
+        card = (DATA / base.name / "adapters" / kind / "README.md").read_text(encoding="utf-8")
+        assert all(f"in the features of {row.extractor}, not an FID" in card for row in rows)
 
 
 @pytest.mark.parametrize("path", sorted(DATA.rglob("*.json")), ids=lambda path: path.relative_to(DATA).as_posix())
