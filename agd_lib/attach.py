@@ -102,7 +102,7 @@ class _Ahead:
 
 
 class AdapterSet(nn.Module):
-    """One adapter for every attention site of a base model.
+    """One adapter for every attention site of a base model; modulated ones of a UNet also shift every residual block.
 
     Within a sampling run (:meth:`BaseModel.running`) what depends on scale, timestep and condition alone is computed once
     for many steps; in every other forward pass, and wherever gradients are recorded, for that pass.

@@ -37,6 +37,8 @@ from .storage import lock_folder, read_json, read_tensors, sha256, write_json, w
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 CONDITIONS = "conditions.safetensors"
+STATES_OF = "states_of"
+"""In the manifest of a store whose states are not those of its trajectories, see :func:`with_other_states`."""
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -239,11 +241,12 @@ def _store_of(folder: Path, header: dict[str, Any]) -> TrajectoryStore | None:
     if not (folder / MANIFEST).exists():
         return None
     manifest = read_manifest(folder)
-    different = [key for key in header if key != "base_name" and manifest.get(key) != header[key]]
+    keys = [key for key in (*header, STATES_OF) if key != "base_name"]
+    different = [key for key in keys if manifest.get(key) != header.get(key)]
     if different:
         raise StoreError(
             f"{folder} holds a store that differs in {', '.join(different)}: "
-            + "; ".join(f"{key} is {manifest.get(key)!r} there, {header[key]!r} here" for key in different[:2])
+            + "; ".join(f"{key} is {manifest.get(key)!r} there, {header.get(key)!r} here" for key in different[:2])
             + ". Choose another folder, or remove that one"
         )
     return TrajectoryStore(folder)
@@ -686,6 +689,6 @@ def with_other_states(
         _write_manifest(
             temporary,
             {name: value for name, value in store.manifest.items() if name != "manifest_sha256"}
-            | {"shards": entries, "conditions_sha256": sha256(temporary / CONDITIONS), "states_of": "another source"},
+            | {"shards": entries, "conditions_sha256": sha256(temporary / CONDITIONS), STATES_OF: "others"},
         )
     return TrajectoryStore(folder, check=False)

@@ -754,6 +754,8 @@ def test_a_store_with_other_states_has_the_teachers_answers_there(
     with pytest.raises(ValueError, match="got 5 latents, expected one for each of the 33 states"):
         with_other_states(store, base, states[:5], tmp_path / "other")
     with_other_states(store, base, states, tmp_path / "other")  # replaces it
+    with pytest.raises(StoreError, match="differs in states_of"):  # never taken for guided trajectories
+        collect(base, a_plan(), tmp_path / "other", progress=False)
 
 
 def test_shards_that_are_whole_but_not_listed_are_taken_and_damaged_ones_are_made_again(
