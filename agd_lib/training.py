@@ -236,7 +236,9 @@ def optimizers(adapters: AdapterSet, settings: TrainingSettings) -> list[torch.o
     """
     matrices = [weight for weight in adapters.parameters() if weight.ndim == 2 and settings.optimizer == "muon"]
     others = [weight for weight in adapters.parameters() if weight.ndim != 2 or settings.optimizer == "adam"]
-    found: list[torch.optim.Optimizer] = [torch.optim.Adam(others, lr=settings.learning_rate, fused=True)]
+    found: list[torch.optim.Optimizer] = []
+    if others:
+        found.append(torch.optim.Adam(others, lr=settings.learning_rate, fused=True))
     if matrices:
         found.append(
             torch.optim.Muon(matrices, settings.learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")

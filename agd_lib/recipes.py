@@ -1,0 +1,350 @@
+"""Which parts of the training matter: the same training with one part exchanged, and what the adapters are worth then.
+
+    python -m agd_lib.recipes tiny-dit states --run runs/recipes/tiny-dit
+
+Every variant of an ablation is trained from several seeds, for fewer steps than the shipped adapters, and measured as they
+were. What is finished is kept below ``--run``; all of it is written to ``data/results/<base>-<ablation>.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import json
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, fields, replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .attach import AdapterSet
+from .base_models import BaseModel, StableDiffusionBase, load_base
+from .errors import AGDError
+from .evaluation import default_extractor, evaluate, load_reference
+from .guidance import AGD, CFG, Unguided
+from .influence import influence_of
+from .project import DATA
+from .results import Row, row_from_dict
+from .scenes import make_scenes
+from .shapes import make_images
+from .storage import read_json, write_json
+from .study import (
+    PLANS,
+    SEEDS,
+    TRAINING_PROMPTS,
+    measuring_conditions,
+    provenance,
+    train_compiled,
+    training_conditions,
+)
+from .training import TrainingSettings, state_errors
+from .trajectories import CollectionPlan, TrajectoryStore, collect, noised_data_states, with_other_states
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to train.
+
+    Attributes:
+        kind: of adapters. share: of the base model's parameters, at most. use_timestep, use_condition: what they see.
+        states: ``"guided"`` (the paper), ``"noised"`` images, or ``"half"`` of each.
+        trajectories, collection_steps, kept_steps: of the store; kept_steps of None: all of a trajectory's.
+        weighting, num_steps: see :class:`~agd_lib.training.TrainingSettings`.
+    """
+
+    kind: str = "modulated"
+    share: float = 0.05
+    use_timestep: bool = True
+    use_condition: bool = True
+    states: str = "guided"
+    trajectories: int = 4_000
+    collection_steps: int = 20
+    kept_steps: int | None = None
+    weighting: str = "endpoint"
+    num_steps: int = 1_000
+
+    def store_name(self) -> str:
+        """Variants of one name are trained on the same store."""
+        kept = self.kept_steps or self.collection_steps
+        return f"{self.trajectories}-of-{kept}-in-{self.collection_steps}-{self.states}"
+
+
+KINDS = ("offset", "cross-attention", "modulated")
+BATCH_SIZE, NOISE_RANGES = 64, 10
+
+_DEFAULT = Variant()
+_THRIFT = ((100, None), (400, None), (1_600, None), (6_400, None), (1_600, 5), (6_400, 5), (6_400, 1))
+
+ABLATIONS: dict[str, tuple[Variant, ...]] = {
+    "states": tuple(Variant(kind=kind, states=states) for kind in KINDS for states in ("guided", "noised", "half")),
+    "size": tuple(Variant(kind=kind, share=share) for kind in KINDS for share in (0.01, 0.025, 0.05, 0.10)),
+    "inputs": tuple(
+        Variant(kind=kind, use_timestep=timestep, use_condition=condition)
+        for kind in KINDS
+        for timestep, condition in ((True, True), (False, True), (True, False), (False, False))
+        if condition or kind != "modulated"
+    ),
+    "weighting": tuple(
+        Variant(kind=kind, weighting=weighting) for kind in KINDS for weighting in ("none", "timestep", "endpoint")
+    ),
+    "thrift": (
+        *(replace(_DEFAULT, trajectories=trajectories, kept_steps=kept) for trajectories, kept in _THRIFT),
+        *(replace(_DEFAULT, trajectories=6_400, collection_steps=steps) for steps in (5, 10)),
+    ),
+}
+"""Ablation -> what is trained. Each is tried on one base model at a time."""
+
+
+@dataclass(frozen=True)
+class VariantRow:
+    """One measurement of one training.
+
+    Attributes:
+        row: see :class:`~agd_lib.results.Row`; its seed is also the training's.
+        error_left: the squared error on held-out guided states as a share of what guidance adds there, in ten equal ranges
+            of timesteps from the cleanest to the noisiest.
+        train_seconds: of the training, with compiling.
+    """
+
+    variant: Variant
+    row: Row
+    error_left: tuple[float, ...]
+    train_seconds: float
+
+
+def clean_latents(base: BaseModel, trajectories: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Latents (N, C, H, W) of real images of what :func:`~agd_lib.study.training_conditions` asks for, and their conditions.
+
+    Returns:
+        ``(latents, conditions)``; conditions (N,) are places in the trajectories' conditions.
+    """
+    if isinstance(base, StableDiffusionBase):
+        images, _ = make_scenes(TRAINING_PROMPTS, trajectories)
+        conditions = torch.arange(trajectories)
+    else:
+        images, conditions = make_images(seed=1, count=max(trajectories, 2_000))
+    generator = torch.Generator().manual_seed(seed)
+    latents = [base.encode_images(chunk / 255, generator).cpu() for chunk in images.split(250)]
+    return torch.cat(latents), conditions
+
+
+def collect_for(base: BaseModel, variant: Variant, run: Path) -> TrajectoryStore:
+    """The store that a variant is trained on; what was collected before is read."""
+    guided_run = run / "stores" / replace(variant, states="guided").store_name()
+    plan = CollectionPlan(
+        training_conditions(base, variant.trajectories),
+        variant.trajectories,
+        PLANS[base.name].guidance_range,
+        num_inference_steps=variant.collection_steps,
+        steps_per_trajectory=variant.kept_steps or "all",
+        trajectories_per_shard=1_000,
+    )
+    guided = collect(base, plan, guided_run)
+    influence_of(base, guided)  # once, before two workers want it
+    if variant.states == "guided":
+        return guided
+    folder = run / "stores" / variant.store_name()
+    if folder.is_dir():
+        return TrajectoryStore(folder)
+    latents, conditions = clean_latents(base, variant.trajectories)
+    states = noised_data_states(guided, latents, base, clean_conditions=conditions)
+    if variant.states == "half":
+        own = torch.cat([guided.batch(indices).latents for indices in torch.arange(len(guided)).split(1_000)])
+        states[::2] = own[::2]
+    other = with_other_states(guided, base, states, folder)
+    influence_of(base, other)
+    return other
+
+
+def held_out_store(base: BaseModel, run: Path) -> TrajectoryStore:
+    """Guided trajectories that no variant is trained on."""
+    conditions = training_conditions(base, 4_000)[-400:]
+    plan = CollectionPlan(conditions, 400, PLANS[base.name].guidance_range, num_inference_steps=20, seed=1)
+    return collect(base, plan, run / "stores" / "held-out")
+
+
+def largest_size(base: BaseModel, variant: Variant, guidance_range: tuple[float, float], seed: int = 0) -> AdapterSet:
+    """Untrained adapters of the largest hidden size whose share of the base model's parameters is not above the variant's.
+
+    Raises:
+        ValueError: if even the smallest are larger.
+    """
+
+    def made(size: int) -> AdapterSet:
+        return AdapterSet.create(
+            base,
+            variant.kind,
+            size * step,
+            guidance_range,
+            use_timestep=variant.use_timestep,
+            use_condition=variant.use_condition,
+            noise_ranges=2 if variant.kind == "modulated" else 1,
+            seed=seed,
+        )
+
+    step = 2 if variant.kind == "cross-attention" else 1
+    largest, allowed = 0, variant.share * base.num_parameters()
+    for half in (2**power for power in range(9, -1, -1)):
+        if made(largest + half).num_parameters() <= allowed:
+            largest += half
+    if largest == 0:
+        raise ValueError(f"got a share of {variant.share:.2%}, of which {variant.kind} adapters cannot be made")
+    return made(largest)
+
+
+def train_variant(base_name: str, run: Path, variant: Variant, seed: int) -> Path:
+    """Train a variant from one seed, unless that is done; returns the folder of the adapters."""
+    store = TrajectoryStore(run / "stores" / variant.store_name(), check=False)
+    description = {"variant": asdict(variant), "seed": seed, "store": store.manifest["shards"]}
+    key = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
+    folder = run / "adapters" / key
+    note = folder.with_suffix(".json")
+    if note.is_file():
+        return folder
+    torch.set_num_threads(1)
+    base = load_base(base_name)
+    adapters = largest_size(base, variant, PLANS[base_name].guidance_range, seed)
+    settings = TrainingSettings(
+        variant.num_steps,
+        BATCH_SIZE,
+        learning_rate=5e-3,
+        weighting=variant.weighting,
+        optimizer="muon",
+        max_grad_norm=1.0,
+        seed=seed,
+    )
+    start = time.perf_counter()
+    train_compiled(base, adapters, store, settings, label=f"{variant.kind} {seed}")
+    seconds = time.perf_counter() - start
+    adapters.remove()
+    adapters.save_pretrained(folder)
+    held_out, base = TrajectoryStore(run / "stores" / "held-out", check=False), load_base(base_name)
+    errors, signal = state_errors(base, adapters, held_out), held_out.column("signal")
+    ranges = held_out.column("timestep") * NOISE_RANGES // base.num_train_timesteps
+    left = [float(errors[ranges == i].sum() / signal[ranges == i].sum()) for i in range(NOISE_RANGES)]
+    write_json(note, {"error_left": left, "train_seconds": seconds})
+    return folder
+
+
+def measure_variant(
+    base_name: str, run: Path, variant: Variant | None, scale: float, seed: int, n: int
+) -> VariantRow | Row:
+    """Sample and measure a trained variant; without one, CFG. What was measured before is read."""
+    torch.set_num_threads(1)
+    base = load_base(base_name)
+    extractor, reference_path = default_extractor(base, DATA)
+    assert reference_path is not None
+    reference, conditions = load_reference(reference_path, extractor), measuring_conditions(base, n, seed)
+
+    def measured(guidance: Unguided | CFG | AGD, keep: Path, *compared: Tensor | None) -> tuple[Row, Tensor]:
+        latents = dict(zip(("unguided_latents", "cfg_latents"), compared))
+        evaluation = evaluate(
+            base,
+            guidance,
+            reference,
+            extractor,
+            n,
+            seed,
+            keep=keep,
+            progress=False,
+            conditions=conditions,
+            unguided_latents=latents.get("unguided_latents"),
+            cfg_latents=latents.get("cfg_latents"),
+        )
+        return evaluation.row, evaluation.latents
+
+    _, unguided = measured(Unguided(), run / "rows")
+    row, guided = measured(CFG(scale), run / "rows")
+    if variant is None:
+        return row
+    folder = train_variant(base_name, run, variant, seed)
+    adapters = AdapterSet.from_pretrained(folder).attach(base)
+    note = read_json(folder.with_suffix(".json"), AGDError, "training note")
+    row, _ = measured(AGD(adapters, scale), run / "rows" / folder.name, unguided, guided)
+    return VariantRow(variant, row, tuple(note["error_left"]), note["train_seconds"])
+
+
+def write_variants(path: Path, rows: Sequence[VariantRow], cfg: Sequence[Row], command: str, seconds: float) -> None:
+    """Write the rows, and CFG's beside them, with where they come from."""
+    values = [asdict(row) for row in rows]
+    write_json(path, provenance(command, seconds) | {"cfg": [asdict(row) for row in cfg], "rows": values})
+
+
+def read_variants(path: Path) -> tuple[list[VariantRow], list[Row]]:
+    """``(rows, CFG's)`` of a file that :func:`write_variants` wrote.
+
+    Raises:
+        AGDError: if it is missing or malformed.
+    """
+    value, found, names = read_json(path, AGDError, "ablation"), [], {field.name for field in fields(Variant)}
+    for number, entry in enumerate(value["rows"]):
+        if entry.keys() != {field.name for field in fields(VariantRow)} or entry["variant"].keys() != names:
+            raise AGDError(f"{path}, row {number} is not a variant and its row: measure it again")
+        row = row_from_dict(entry["row"], f"{path}, row {number}")
+        found.append(
+            VariantRow(Variant(**entry["variant"]), row, tuple(entry["error_left"]), float(entry["train_seconds"]))
+        )
+    return found, [row_from_dict(row, f"{path}, CFG, row {number}") for number, row in enumerate(value["cfg"])]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("base", choices=list(PLANS))
+    parser.add_argument("ablation", choices=list(ABLATIONS))
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--results", type=Path, default=None, help="by default data/results/<base>-<ablation>.json")
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
+    parser.add_argument("--scales", nargs="+", type=float, default=[2.0, 4.0])
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--n", type=int, default=1_000, help="images for each measurement")
+    parser.add_argument("--steps", type=int, default=None, help="gradient steps, instead of the variants' own")
+    parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
+    arguments = parser.parse_args()
+    start, run = time.perf_counter(), arguments.run
+    variants = [variant for variant in ABLATIONS[arguments.ablation] if variant.kind in arguments.kinds]
+    if arguments.steps:
+        variants = [replace(variant, num_steps=arguments.steps) for variant in variants]
+    base = load_base(arguments.base)
+    for variant in {variant.store_name(): variant for variant in variants}.values():
+        collect_for(base, variant, run)
+    held_out_store(base, run)
+    pool = ProcessPoolExecutor(arguments.workers, mp_context=get_context("spawn"))
+
+    def measured(label: str, variants: Sequence[Variant | None]) -> list[VariantRow | Row]:
+        units = itertools.product(variants, arguments.scales, arguments.seeds)
+        jobs = [
+            pool.submit(measure_variant, arguments.base, run, variant, scale, seed, arguments.n)
+            for variant, scale, seed in units
+        ]
+        return [job.result() for job in tqdm(jobs, desc=label)]
+
+    try:
+        cfg = measured("CFG", [None])
+        trainings = itertools.product(variants, arguments.seeds)
+        jobs = [pool.submit(train_variant, arguments.base, run, variant, seed) for variant, seed in trainings]
+        for job in tqdm(jobs, desc="train"):
+            job.result()
+        rows = measured("AGD", variants)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    path = arguments.results or DATA / "results" / f"{arguments.base}-{arguments.ablation}.json"
+    command = "python -m agd_lib.recipes " + shlex.join(sys.argv[1:])
+    write_variants(
+        path,
+        [row for row in rows if isinstance(row, VariantRow)],
+        [row for row in cfg if isinstance(row, Row)],
+        command,
+        time.perf_counter() - start,
+    )
+
+
+if __name__ == "__main__":
+    main()

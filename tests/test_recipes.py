@@ -1,0 +1,123 @@
+"""Ablations of the training: every variant is what it says, is trained once, and is read back as it was written."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from agd_lib import recipes, study
+from agd_lib.base_models import load_base
+from agd_lib.errors import AGDError
+from agd_lib.evaluation import default_extractor
+from agd_lib.project import DATA
+from agd_lib.recipes import (
+    ABLATIONS,
+    Variant,
+    VariantRow,
+    clean_latents,
+    collect_for,
+    held_out_store,
+    largest_size,
+    measure_variant,
+    read_variants,
+    train_variant,
+    write_variants,
+)
+from agd_lib.results import Row
+from agd_lib.storage import read_json, write_json
+
+SMALL = Variant(kind="offset", trajectories=40, collection_steps=4, weighting="timestep", num_steps=3)
+N = 140  # more than the extractor has features
+
+
+@pytest.fixture(autouse=True)
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: None)  # takes longer than all the rest
+    monkeypatch.setattr(study, "has_fast_bfloat16", lambda: False)  # a process has one precision, and others set it
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("recipes")
+    base = load_base("tiny-dit")
+    held_out_store(base, folder)
+    collect_for(base, SMALL, folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["tiny-dit", "tiny-sd21"])
+def test_every_variant_can_be_made_and_keeps_within_its_share(name: str) -> None:
+    base = load_base(name)
+    for variants in ABLATIONS.values():
+        assert len(set(variants)) == len(variants)
+        for variant in variants:
+            adapters = largest_size(base, variant, (1.0, 6.0))
+            share = adapters.num_parameters() / base.num_parameters()
+            assert 0.75 * variant.share < share <= variant.share, variant
+            assert (adapters.config.timestep_dim is not None) == variant.use_timestep
+            sees_condition = (adapters.config.class_dim or adapters.config.prompt_dim) is not None
+            assert sees_condition == variant.use_condition
+
+
+def test_a_share_that_no_adapters_have_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"0\.01%.*offset"):
+        largest_size(load_base("tiny-dit"), replace(SMALL, share=1e-4), (1.0, 6.0))
+
+
+def test_the_states_are_those_of_the_variant(run: Path) -> None:
+    base = load_base("tiny-dit")
+    stores = {kind: collect_for(base, replace(SMALL, states=kind), run) for kind in ("guided", "noised", "half")}
+    guided, noised, half = ([store.batch(torch.arange(160)).latents for store in stores.values()][i] for i in range(3))
+    assert torch.equal(half[::2], guided[::2]) and torch.equal(half[1::2], noised[1::2])
+    assert not torch.allclose(guided[1::2], noised[1::2])
+    for name in ("timestep", "guidance_scale", "condition"):
+        assert all(torch.equal(store.column(name), stores["guided"].column(name)) for store in stores.values())
+
+
+def test_clean_latents_are_of_the_asked_prompts() -> None:
+    base = load_base("tiny-sd21")
+    latents, conditions = clean_latents(base, 30)
+    reader, _ = default_extractor(base, DATA)
+    prompts = recipes.training_conditions(base, 30)
+    _, shown = reader(base.decode(latents), [prompts[i] for i in conditions.tolist()])
+    assert shown is not None and shown.float().mean() > 0.9
+
+
+def test_a_variant_is_trained_once_and_measured_against_cfg(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = train_variant("tiny-dit", run, SMALL, 1)
+    monkeypatch.setattr(recipes, "train_compiled", lambda *arguments, **options: pytest.fail("trained again"))
+    assert train_variant("tiny-dit", run, SMALL, 1) == folder
+    cfg = measure_variant("tiny-dit", run, None, 3.0, 1, N)
+    mine = measure_variant("tiny-dit", run, SMALL, 3.0, 1, N)
+    assert isinstance(cfg, Row) and isinstance(mine, VariantRow)
+    assert (cfg.guidance, cfg.nfe, cfg.scale, cfg.seed) == ("cfg", 40, 3.0, 1)
+    assert (mine.row.method, mine.row.nfe, mine.row.scale, mine.row.seed) == ("agd offset", 20, 3.0, 1)
+    assert mine.row.endpoint_mse_ratio is not None
+    # three steps have hardly begun: doing nothing leaves all of the error
+    assert 0.5 < mine.row.endpoint_mse_ratio < 1.2 and all(0.3 < left < 1.5 for left in mine.error_left)
+
+
+def test_another_seed_or_variant_is_not_taken_for_the_first(run: Path) -> None:
+    folders = {
+        train_variant("tiny-dit", run, variant, seed)
+        for variant, seed in ((SMALL, 1), (SMALL, 2), (replace(SMALL, num_steps=2), 1))
+    }
+    assert len(folders) == 3
+
+
+def test_rows_are_read_back_and_malformed_ones_named(tmp_path: Path) -> None:
+    row = Row("tiny-dit", "agd", "offset", 2.0, 20, 20.0, 9, 0, 1.5, "x", None, None, 0.5, 0.25, 0.1, 100, 5)
+    rows = [VariantRow(SMALL, row, tuple(0.1 * i for i in range(10)), 12.5)]
+    cfg = [replace(row, guidance="cfg", adapter=None, adapter_parameters=None, endpoint_mse_ratio=None)]
+    path = tmp_path / "rows.json"
+    write_variants(path, rows, cfg, "a command", 3.0)
+    assert read_variants(path) == (rows, cfg)
+    value = read_json(path, AGDError, "ablation")
+    del value["rows"][0]["variant"]["share"]
+    write_json(path, value)
+    with pytest.raises(AGDError, match="row 0 is not a variant"):
+        read_variants(path)
