@@ -32,7 +32,7 @@ from .evaluation import default_extractor, evaluate, load_reference
 from .guidance import AGD, CFG, Unguided
 from .influence import influence_of
 from .project import DATA
-from .results import Row, row_from_dict
+from .results import Row, Summary, cell, row_from_dict, summarise
 from .scenes import make_scenes
 from .shapes import make_images
 from .storage import read_json, write_json
@@ -293,6 +293,39 @@ def read_variants(path: Path) -> tuple[list[VariantRow], list[Row]]:
             VariantRow(Variant(**entry["variant"]), row, tuple(entry["error_left"]), float(entry["train_seconds"]))
         )
     return found, [row_from_dict(row, f"{path}, CFG, row {number}") for number, row in enumerate(value["cfg"])]
+
+
+def variant_table(rows: Sequence[VariantRow], cfg: Sequence[Row]) -> str:
+    """The rows as a Markdown table, mean ± standard deviation over seeds: a line for each variant and scale, CFG's first.
+
+    Of the variant the columns show what differs between the rows.
+    """
+    differing = [field.name for field in fields(Variant) if len({getattr(row.variant, field.name) for row in rows}) > 1]
+    lines = [
+        "| "
+        + " | ".join([*(name.replace("_", " ") for name in differing), "w", "endpoint error", "FD", "accuracy"])
+        + " |",
+        "|---" * (len(differing) + 4) + "|",
+    ]
+    for summary in summarise(cfg):
+        cells = [f"{summary.method}" if i == 0 else "" for i in range(len(differing))]
+        lines.append(_line([*cells, f"{summary.scale:g}", *_measured_cells(summary)]))
+    for variant in dict.fromkeys(row.variant for row in rows):
+        for summary in summarise([row.row for row in rows if row.variant == variant]):
+            cells = [str(getattr(variant, name)) for name in differing]
+            lines.append(_line([*cells, f"{summary.scale:g}", *_measured_cells(summary)]))
+    return "\n".join(lines)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _measured_cells(summary: Summary) -> list[str]:
+    return [
+        cell(summary.mean[name], summary.deviation[name], 3)
+        for name in ("endpoint_mse_ratio", "fd", "condition_accuracy")
+    ]
 
 
 def main() -> None:

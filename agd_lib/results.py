@@ -180,7 +180,8 @@ def best_scale(rows: Sequence[Row], method: str = "cfg") -> float:
     return min(known)[1]  # type: ignore[type-var]
 
 
-def _cell(mean: float | None, deviation: float | None, digits: int) -> str:
+def cell(mean: float | None, deviation: float | None, digits: int) -> str:
+    """``mean ± deviation`` as tables show it; a dash where there is nothing."""
     if mean is None:
         return "-"
     return f"{mean:.{digits}f}" + (f" ± {deviation:.{digits}f}" if deviation is not None else "")
@@ -201,11 +202,11 @@ def markdown_table(rows: Sequence[Row]) -> str:
             f"{s.base}: {s.method}" if several else s.method,
             f"{s.scale:g}",
             f"{s.nfe:g}",
-            _cell(s.mean["fd"], s.deviation["fd"], 3),
-            _cell(s.mean["precision"], s.deviation["precision"], 3),
-            _cell(s.mean["recall"], s.deviation["recall"], 3),
-            _cell(s.mean["condition_accuracy"], s.deviation["condition_accuracy"], 3),
-            _cell(s.mean["endpoint_mse_ratio"], s.deviation["endpoint_mse_ratio"], 3),
+            cell(s.mean["fd"], s.deviation["fd"], 3),
+            cell(s.mean["precision"], s.deviation["precision"], 3),
+            cell(s.mean["recall"], s.deviation["recall"], 3),
+            cell(s.mean["condition_accuracy"], s.deviation["condition_accuracy"], 3),
+            cell(s.mean["endpoint_mse_ratio"], s.deviation["endpoint_mse_ratio"], 3),
             f"{s.n} x {s.seeds}",
         ]
         lines.append("| " + " | ".join(values) + " |")

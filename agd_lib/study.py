@@ -96,7 +96,7 @@ PLANS: dict[str, StudyPlan] = {
         {
             "offset": Recipe(44, _TEXT_SETTINGS),
             "cross-attention": Recipe(40, _TEXT_SETTINGS),
-            "modulated": Recipe(41, replace(_TEXT_SETTINGS, num_steps=2_000), noise_ranges=2),
+            "modulated": Recipe(41, replace(_TEXT_SETTINGS, num_steps=5_000), noise_ranges=2),
         },
         *_TEXT,
     ),

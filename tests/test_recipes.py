@@ -24,6 +24,7 @@ from agd_lib.recipes import (
     measure_variant,
     read_variants,
     train_variant,
+    variant_table,
     write_variants,
 )
 from agd_lib.results import Row
@@ -121,3 +122,20 @@ def test_rows_are_read_back_and_malformed_ones_named(tmp_path: Path) -> None:
     write_json(path, value)
     with pytest.raises(AGDError, match="row 0 is not a variant"):
         read_variants(path)
+
+
+def test_the_table_shows_what_differs_and_the_mean_over_seeds() -> None:
+    row = Row("tiny-dit", "agd", "offset", 2.0, 20, 20.0, 9, 0, 1.5, "x", None, None, 0.5, 0.25, 0.1, 100, 5)
+    cfg = [replace(row, guidance="cfg", adapter=None, adapter_parameters=None, endpoint_mse_ratio=None, fd=1.0)]
+    rows = [
+        VariantRow(variant, replace(row, seed=seed, fd=fd), (), 1.0)
+        for variant in (SMALL, replace(SMALL, states="noised"))
+        for seed, fd in ((0, 1.0), (1, 2.0))
+    ]
+    header, _, *lines = variant_table(rows, cfg).splitlines()
+    assert header == "| states | w | endpoint error | FD | accuracy |"
+    assert lines == [
+        "| cfg | 2 | - | 1.000 | 0.500 |",
+        "| guided | 2 | 0.250 ± 0.000 | 1.500 ± 0.707 | 0.500 ± 0.000 |",
+        "| noised | 2 | 0.250 ± 0.000 | 1.500 ± 0.707 | 0.500 ± 0.000 |",
+    ]
