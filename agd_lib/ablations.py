@@ -3,7 +3,8 @@
     python -m agd_lib.ablations tiny-dit interval --run runs/ablations/tiny-dit
 
 It measures classifier-free guidance and the shipped adapters in every variant of an ablation, from several seeds of
-noise, and writes ``data/results/<base>-<ablation>.json``. What is finished is kept below ``--run``.
+noise, and writes ``data/results/<base>-<ablation>.json``. What is finished is kept below ``--run``. For parts of the
+training see :mod:`agd_lib.recipes`, for other ways to one pass :mod:`agd_lib.rivals`.
 """
 
 from __future__ import annotations
@@ -180,6 +181,7 @@ def main() -> None:
     parser.add_argument("base", choices=list(PLANS))
     parser.add_argument("ablation", choices=list(ABLATIONS))
     parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--results", type=Path, default=None, help="by default data/results/<base>-<ablation>.json")
     parser.add_argument("--kinds", nargs="+", default=["modulated"], help="kinds of the shipped adapters")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--n", type=int, default=None, help="images for each; by default as many as in the study")
@@ -196,7 +198,7 @@ def main() -> None:
     finally:
         pool.shutdown(cancel_futures=True)
     command = "python -m agd_lib.ablations " + shlex.join(sys.argv[1:])
-    path = DATA / "results" / f"{arguments.base}-{arguments.ablation}.json"
+    path = arguments.results or DATA / "results" / f"{arguments.base}-{arguments.ablation}.json"
     write_ablation(path, rows, command, time.perf_counter() - start)
 
 
