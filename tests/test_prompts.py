@@ -16,8 +16,11 @@ from small_text_models import build_sd_pipeline
 import agd_lib.prompts as prompts
 from agd_lib.base_models import StableDiffusionBase, base_from_pipeline
 from agd_lib.errors import PromptError
+from agd_lib.project import ROOT
 from agd_lib.prompts import COCO_MEMBER, coco_prompts, prompts_from, read_prompts, scene_prompts
 from agd_lib.scenes import asked, draw_scene, read_caption
+from agd_lib.study import MEASURING_PROMPTS, TRAINING_PROMPTS
+from agd_lib.tiny import TRAIN_SEED
 
 # Scenes ------------------------------------------------------------------------------------------------------------
 
@@ -26,6 +29,15 @@ def test_scene_prompts_are_the_captions_of_those_scenes() -> None:
     found = scene_prompts(50, seed=7)
     assert [read_caption(prompt) for prompt in found] == [asked(draw_scene(7, index)) for index in range(50)]
     assert found[:10] == scene_prompts(10, seed=7) != scene_prompts(10, seed=8)
+
+
+def test_how_many_of_the_measuring_prompts_training_has_seen_is_what_the_readme_says() -> None:
+    measured = scene_prompts(1_000, MEASURING_PROMPTS)
+    by_base = set(scene_prompts(100_000, TRAIN_SEED))  # captions of the base models' training images
+    by_adapters = set(scene_prompts(8_000, TRAINING_PROMPTS))
+    seen = [sum(prompt in others for prompt in measured) for others in (by_base, by_adapters)]
+    text = f"{seen[0]} are also among the 100,000 captions of the base models' training, {seen[1]} among the adapters' 8,000"
+    assert text in " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
 
 
 # A file ------------------------------------------------------------------------------------------------------------
