@@ -15,25 +15,22 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
-from tqdm.auto import tqdm
 
+from . import study
 from .attach import AdapterSet
 from .base_models import load_base
 from .errors import AGDError
-from .evaluation import Evaluation, default_extractor, evaluate, load_reference
-from .guidance import AGD, CFG, Guidance, GuidanceInterval, Unguided
+from .guidance import AGD, CFG, GuidanceInterval, Unguided
 from .project import DATA
 from .results import Row, row_from_dict
-from .storage import read_json, write_json
-from .study import PLANS, SEEDS, measuring_conditions, provenance
+from .storage import lock_folder, write_json
+from .study import PLANS, SEEDS, in_parallel, provenance, rows_of
 
 SAMPLERS: dict[str, Any] = {
     "DDIM": DDIMScheduler,
@@ -110,36 +107,19 @@ def measure(base_name: str, run: Path, kind: str, variant: Variant, seed: int, n
     torch.set_num_threads(1)
     base = load_base(base_name)
     base.scheduler = SAMPLERS[variant.sampler].from_config(base.scheduler.config)
-    extractor, reference_path = default_extractor(base, DATA)
-    assert reference_path is not None
-    sampled = f"{variant.sampler}-{variant.steps}"
-
-    def measured(guidance: Guidance, unguided: Evaluation | None = None, cfg: Evaluation | None = None) -> Evaluation:
-        everywhere = isinstance(guidance, Unguided) or variant.interval is None
-        place = sampled if everywhere else f"{sampled}-from{variant.interval[0]}to{variant.interval[1]}"  # type: ignore[index]
-        return evaluate(
-            base,
-            guidance,
-            load_reference(reference_path, extractor),
-            extractor,
-            n,
-            seed,
-            variant.steps,
-            unguided_latents=unguided.latents if unguided else None,
-            cfg_latents=cfg.latents if cfg else None,
-            progress=False,
-            keep=run / place,
-            conditions=measuring_conditions(base, n, seed),
-        )
-
-    unguided = measured(Unguided())
+    everywhere = run / f"{variant.sampler}-{variant.steps}"
+    place = everywhere
+    if variant.interval is not None:
+        place = everywhere.with_name(f"{everywhere.name}-from{variant.interval[0]}to{variant.interval[1]}")
+    how = (n, seed, variant.steps)
+    unguided = study.measure(base, Unguided(), *how, everywhere)
     if kind == "unguided":
         return VariantRow(variant, unguided.row)
-    cfg = measured(CFG(variant.schedule()))
+    cfg = study.measure(base, CFG(variant.schedule()), *how, place)
     if kind == "cfg":
         return VariantRow(variant, cfg.row)
     adapters = AdapterSet.from_pretrained(DATA / base.name / "adapters" / kind).attach(base)
-    return VariantRow(variant, measured(AGD(adapters, variant.schedule()), unguided, cfg).row)
+    return VariantRow(variant, study.measure(base, AGD(adapters, variant.schedule()), *how, place, unguided, cfg).row)
 
 
 def write_ablation(path: Path, rows: Sequence[VariantRow], command: str, seconds: float) -> None:
@@ -156,8 +136,12 @@ def read_ablation(path: Path) -> list[VariantRow]:
     """
     found = []
     names = {field.name for field in fields(Variant)}
-    for number, value in enumerate(read_json(path, AGDError, "ablation")["rows"]):
-        if value.keys() != {"variant", "row"} or value["variant"].keys() != names:
+    for number, value in enumerate(rows_of(path)):
+        if (
+            value.keys() != {"variant", "row"}
+            or not isinstance(value["variant"], dict)
+            or value["variant"].keys() != names
+        ):
             raise AGDError(f"{path}, row {number} is not a variant and its row: measure it again")
         interval = value["variant"]["interval"]
         variant = Variant(**(value["variant"] | {"interval": None if interval is None else tuple(interval)}))
@@ -189,14 +173,11 @@ def main() -> None:
     arguments = parser.parse_args()
     start, n = time.perf_counter(), arguments.n or PLANS[arguments.base].n
     variants = ABLATIONS[arguments.ablation][arguments.base]
-    pool = ProcessPoolExecutor(arguments.workers, mp_context=get_context("spawn"))
     rows: list[VariantRow] = []
-    try:
+    with lock_folder(arguments.run):
         for kind, units in itertools.groupby(_units(variants, arguments.kinds, arguments.seeds), lambda unit: unit[0]):
-            jobs = [pool.submit(measure, arguments.base, arguments.run, *unit, n) for unit in units]
-            rows += [job.result() for job in tqdm(jobs, desc=kind)]
-    finally:
-        pool.shutdown(cancel_futures=True)
+            calls = [(arguments.base, arguments.run, *unit, n) for unit in units]
+            rows += in_parallel(arguments.workers, kind, measure, calls)
     command = "python -m agd_lib.ablations " + shlex.join(sys.argv[1:])
     path = arguments.results or DATA / "results" / f"{arguments.base}-{arguments.ablation}.json"
     write_ablation(path, rows, command, time.perf_counter() - start)

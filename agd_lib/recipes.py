@@ -2,13 +2,14 @@
 
     python -m agd_lib.recipes tiny-dit states --run runs/recipes/tiny-dit
 
-Every variant of an ablation is trained from several seeds, for fewer steps than the shipped adapters, and measured as they
-were. What is finished is kept below ``--run``; all of it is written to ``data/results/<base>-<ablation>.json``.
+Every variant of an ablation is trained from several seeds, in a short training of its own, and measured as the shipped
+adapters are. What is finished is kept below ``--run``; all of it is written to ``data/results/<base>-<ablation>.json``.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import itertools
 import json
@@ -16,45 +17,47 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .attach import AdapterSet
 from .base_models import BaseModel, StableDiffusionBase, load_base
 from .errors import AGDError
-from .evaluation import default_extractor, evaluate, load_reference
 from .guidance import AGD, CFG, Unguided
 from .influence import influence_of
 from .project import DATA
 from .results import Row, Summary, cell, row_from_dict, summarise
 from .scenes import make_scenes
 from .shapes import make_images
-from .storage import read_json, write_json
+from .storage import lock_folder, read_json, write_json
 from .study import (
     PLANS,
     SEEDS,
     TRAINING_PROMPTS,
-    measuring_conditions,
+    Unit,
+    in_parallel,
+    measure,
+    measure_unit,
     provenance,
+    rows_of,
     train_compiled,
     training_conditions,
 )
+from .tiny import TRAIN_SEED
 from .training import TrainingSettings, state_errors
 from .trajectories import CollectionPlan, TrajectoryStore, collect, noised_data_states, with_other_states
 
 
 @dataclass(frozen=True)
-class Variant:
+class TrainingVariant:
     """One way to train.
 
     Attributes:
-        kind: of adapters. share: of the base model's parameters, at most. use_timestep, use_condition: what they see.
+        kind: of adapters. share: of the base model's parameters, at most: what is left out elsewhere goes into the size.
+        use_timestep, use_condition: what they see.
         states: ``"guided"`` (the paper), ``"noised"`` images, or ``"half"`` of each.
         trajectories, collection_steps, kept_steps: of the store; kept_steps of None: all of a trajectory's.
         weighting, num_steps: see :class:`~agd_lib.training.TrainingSettings`.
@@ -78,22 +81,31 @@ class Variant:
 
 
 KINDS = ("offset", "cross-attention", "modulated")
-BATCH_SIZE, NOISE_RANGES = 64, 10
+SETTINGS = TrainingSettings(
+    batch_size=64, learning_rate=5e-3, weighting="endpoint", optimizer="muon", max_grad_norm=1.0
+)
+NOISE_RANGES, STEPS = 10, 20
+HELD_OUT_PROMPTS = 30
+"""Seed of prompts that are neither trained on nor measured with."""
 
-_DEFAULT = Variant()
+_DEFAULT = TrainingVariant()
 _THRIFT = ((100, None), (400, None), (1_600, None), (6_400, None), (1_600, 5), (6_400, 5), (6_400, 1))
 
-ABLATIONS: dict[str, tuple[Variant, ...]] = {
-    "states": tuple(Variant(kind=kind, states=states) for kind in KINDS for states in ("guided", "noised", "half")),
-    "size": tuple(Variant(kind=kind, share=share) for kind in KINDS for share in (0.01, 0.025, 0.05, 0.10)),
+ABLATIONS: dict[str, tuple[TrainingVariant, ...]] = {
+    "states": tuple(
+        TrainingVariant(kind=kind, states=states) for kind in KINDS for states in ("guided", "noised", "half")
+    ),
+    "size": tuple(TrainingVariant(kind=kind, share=share) for kind in KINDS for share in (0.01, 0.025, 0.05, 0.10)),
     "inputs": tuple(
-        Variant(kind=kind, use_timestep=timestep, use_condition=condition)
+        TrainingVariant(kind=kind, use_timestep=timestep, use_condition=condition)
         for kind in KINDS
         for timestep, condition in ((True, True), (False, True), (True, False), (False, False))
         if condition or kind != "modulated"
     ),
     "weighting": tuple(
-        Variant(kind=kind, weighting=weighting) for kind in KINDS for weighting in ("none", "timestep", "endpoint")
+        TrainingVariant(kind=kind, weighting=weighting)
+        for kind in KINDS
+        for weighting in ("none", "timestep", "endpoint")
     ),
     "thrift": (
         *(replace(_DEFAULT, trajectories=trajectories, kept_steps=kept) for trajectories, kept in _THRIFT),
@@ -104,7 +116,7 @@ ABLATIONS: dict[str, tuple[Variant, ...]] = {
 
 
 @dataclass(frozen=True)
-class VariantRow:
+class TrainingRow:
     """One measurement of one training.
 
     Attributes:
@@ -114,7 +126,7 @@ class VariantRow:
         train_seconds: of the training, with compiling.
     """
 
-    variant: Variant
+    variant: TrainingVariant
     row: Row
     error_left: tuple[float, ...]
     train_seconds: float
@@ -130,13 +142,13 @@ def clean_latents(base: BaseModel, trajectories: int, seed: int = 0) -> tuple[Te
         images, _ = make_scenes(TRAINING_PROMPTS, trajectories)
         conditions = torch.arange(trajectories)
     else:
-        images, conditions = make_images(seed=1, count=max(trajectories, 2_000))
+        images, conditions = make_images(TRAIN_SEED, max(trajectories, 2_000))
     generator = torch.Generator().manual_seed(seed)
     latents = [base.encode_images(chunk / 255, generator).cpu() for chunk in images.split(250)]
     return torch.cat(latents), conditions
 
 
-def collect_for(base: BaseModel, variant: Variant, run: Path) -> TrajectoryStore:
+def collect_for(base: BaseModel, variant: TrainingVariant, run: Path) -> TrajectoryStore:
     """The store that a variant is trained on; what was collected before is read."""
     guided_run = run / "stores" / replace(variant, states="guided").store_name()
     plan = CollectionPlan(
@@ -152,26 +164,30 @@ def collect_for(base: BaseModel, variant: Variant, run: Path) -> TrajectoryStore
     if variant.states == "guided":
         return guided
     folder = run / "stores" / variant.store_name()
-    if folder.is_dir():
-        return TrajectoryStore(folder)
-    latents, conditions = clean_latents(base, variant.trajectories)
-    states = noised_data_states(guided, latents, base, clean_conditions=conditions)
-    if variant.states == "half":
-        own = torch.cat([guided.batch(indices).latents for indices in torch.arange(len(guided)).split(1_000)])
-        states[::2] = own[::2]
-    other = with_other_states(guided, base, states, folder)
-    influence_of(base, other)
-    return other
+    made_from = {"guided": guided.manifest["shards"], "base": base.fingerprint()}
+    note = folder.with_suffix(".json")
+    if not note.is_file() or read_json(note, AGDError, "note") != made_from:
+        latents, conditions = clean_latents(base, variant.trajectories)
+        states = noised_data_states(guided, latents, base, clean_conditions=conditions)
+        if variant.states == "half":
+            own = torch.cat([guided.batch(indices).latents for indices in torch.arange(len(guided)).split(1_000)])
+            chosen = torch.rand(len(guided), generator=torch.Generator().manual_seed(0)) < 0.5
+            states[chosen] = own[chosen]
+        influence_of(base, with_other_states(guided, base, states, folder))
+        write_json(note, made_from)
+    return TrajectoryStore(folder)
 
 
 def held_out_store(base: BaseModel, run: Path) -> TrajectoryStore:
-    """Guided trajectories that no variant is trained on."""
-    conditions = training_conditions(base, 4_000)[-400:]
+    """Guided trajectories that no variant is trained on: other noises, and other prompts."""
+    conditions = training_conditions(base, 400, HELD_OUT_PROMPTS)
     plan = CollectionPlan(conditions, 400, PLANS[base.name].guidance_range, num_inference_steps=20, seed=1)
     return collect(base, plan, run / "stores" / "held-out")
 
 
-def largest_size(base: BaseModel, variant: Variant, guidance_range: tuple[float, float], seed: int = 0) -> AdapterSet:
+def largest_size(
+    base: BaseModel, variant: TrainingVariant, guidance_range: tuple[float, float], seed: int = 0
+) -> AdapterSet:
     """Untrained adapters of the largest hidden size whose share of the base model's parameters is not above the variant's.
 
     Raises:
@@ -200,120 +216,103 @@ def largest_size(base: BaseModel, variant: Variant, guidance_range: tuple[float,
     return made(largest)
 
 
-def train_variant(base_name: str, run: Path, variant: Variant, seed: int) -> Path:
+def train_variant(base_name: str, run: Path, variant: TrainingVariant, seed: int) -> Path:
     """Train a variant from one seed, unless that is done; returns the folder of the adapters."""
-    store = TrajectoryStore(run / "stores" / variant.store_name(), check=False)
-    description = {"variant": asdict(variant), "seed": seed, "store": store.manifest["shards"]}
-    key = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
+    torch.set_num_threads(1)
+    base = load_base(base_name)
+    store, held_out = (
+        TrajectoryStore(run / "stores" / name, check=False) for name in (variant.store_name(), "held-out")
+    )
+    adapters = largest_size(base, variant, PLANS[base_name].guidance_range, seed)
+    settings = replace(SETTINGS, num_steps=variant.num_steps, weighting=variant.weighting, seed=seed)
+    inputs = [
+        asdict(adapters.config),
+        asdict(settings),
+        *(each.manifest["shards"] for each in (store, held_out)),
+        influence_of(base, store).tolist(),
+    ]
+    key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
     folder = run / "adapters" / key
     note = folder.with_suffix(".json")
     if note.is_file():
         return folder
-    torch.set_num_threads(1)
-    base = load_base(base_name)
-    adapters = largest_size(base, variant, PLANS[base_name].guidance_range, seed)
-    settings = TrainingSettings(
-        variant.num_steps,
-        BATCH_SIZE,
-        learning_rate=5e-3,
-        weighting=variant.weighting,
-        optimizer="muon",
-        max_grad_norm=1.0,
-        seed=seed,
-    )
     start = time.perf_counter()
     train_compiled(base, adapters, store, settings, label=f"{variant.kind} {seed}")
     seconds = time.perf_counter() - start
     adapters.remove()
     adapters.save_pretrained(folder)
-    held_out, base = TrajectoryStore(run / "stores" / "held-out", check=False), load_base(base_name)
-    errors, signal = state_errors(base, adapters, held_out), held_out.column("signal")
-    ranges = held_out.column("timestep") * NOISE_RANGES // base.num_train_timesteps
-    left = [float(errors[ranges == i].sum() / signal[ranges == i].sum()) for i in range(NOISE_RANGES)]
+    left = error_left(load_base(base_name), adapters, held_out)
     write_json(note, {"error_left": left, "train_seconds": seconds})
     return folder
 
 
+def error_left(base: BaseModel, adapters: AdapterSet, held_out: TrajectoryStore) -> list[float]:
+    """The squared error as a share of what guidance adds, in equal ranges of timesteps from the cleanest to the noisiest."""
+    errors, signal = state_errors(base, adapters, held_out), held_out.column("signal")
+    ranges = held_out.column("timestep") * NOISE_RANGES // base.num_train_timesteps
+    return [float(errors[ranges == i].sum() / signal[ranges == i].sum()) for i in range(NOISE_RANGES)]
+
+
 def measure_variant(
-    base_name: str, run: Path, variant: Variant | None, scale: float, seed: int, n: int
-) -> VariantRow | Row:
-    """Sample and measure a trained variant; without one, CFG. What was measured before is read."""
-    torch.set_num_threads(1)
-    base = load_base(base_name)
-    extractor, reference_path = default_extractor(base, DATA)
-    assert reference_path is not None
-    reference, conditions = load_reference(reference_path, extractor), measuring_conditions(base, n, seed)
-
-    def measured(guidance: Unguided | CFG | AGD, keep: Path, *compared: Tensor | None) -> tuple[Row, Tensor]:
-        latents = dict(zip(("unguided_latents", "cfg_latents"), compared))
-        evaluation = evaluate(
-            base,
-            guidance,
-            reference,
-            extractor,
-            n,
-            seed,
-            keep=keep,
-            progress=False,
-            conditions=conditions,
-            unguided_latents=latents.get("unguided_latents"),
-            cfg_latents=latents.get("cfg_latents"),
-        )
-        return evaluation.row, evaluation.latents
-
-    _, unguided = measured(Unguided(), run / "rows")
-    row, guided = measured(CFG(scale), run / "rows")
-    if variant is None:
-        return row
+    base_name: str, run: Path, variant: TrainingVariant, scale: float, seed: int, n: int
+) -> TrainingRow:
+    """Train a variant, and sample and measure it; what was done before is read."""
     folder = train_variant(base_name, run, variant, seed)
+    base, how = load_base(base_name), (n, seed, STEPS)
+    unguided = measure(base, Unguided(), *how, run / "rows")
+    cfg = measure(base, CFG(scale), *how, run / "rows")
     adapters = AdapterSet.from_pretrained(folder).attach(base)
+    row = measure(base, AGD(adapters, scale), *how, run / "rows" / folder.name, unguided, cfg).row
     note = read_json(folder.with_suffix(".json"), AGDError, "training note")
-    row, _ = measured(AGD(adapters, scale), run / "rows" / folder.name, unguided, guided)
-    return VariantRow(variant, row, tuple(note["error_left"]), note["train_seconds"])
+    return TrainingRow(variant, row, tuple(note["error_left"]), note["train_seconds"])
 
 
-def write_variants(path: Path, rows: Sequence[VariantRow], cfg: Sequence[Row], command: str, seconds: float) -> None:
+def write_variants(path: Path, rows: Sequence[TrainingRow], cfg: Sequence[Row], command: str, seconds: float) -> None:
     """Write the rows, and CFG's beside them, with where they come from."""
     values = [asdict(row) for row in rows]
     write_json(path, provenance(command, seconds) | {"cfg": [asdict(row) for row in cfg], "rows": values})
 
 
-def read_variants(path: Path) -> tuple[list[VariantRow], list[Row]]:
+def read_variants(path: Path) -> tuple[list[TrainingRow], list[Row]]:
     """``(rows, CFG's)`` of a file that :func:`write_variants` wrote.
 
     Raises:
         AGDError: if it is missing or malformed.
     """
-    value, found, names = read_json(path, AGDError, "ablation"), [], {field.name for field in fields(Variant)}
-    for number, entry in enumerate(value["rows"]):
-        if entry.keys() != {field.name for field in fields(VariantRow)} or entry["variant"].keys() != names:
+    found, names = [], {field.name for field in fields(TrainingVariant)}
+    for number, entry in enumerate(rows_of(path)):
+        variant, left, seconds = (entry.get(name) for name in ("variant", "error_left", "train_seconds"))
+        if (
+            entry.keys() != {field.name for field in fields(TrainingRow)}
+            or not (isinstance(variant, dict) and variant.keys() == names)
+            or not (isinstance(left, list) and all(isinstance(share, float) for share in left))
+            or not isinstance(seconds, float)
+        ):
             raise AGDError(f"{path}, row {number} is not a variant and its row: measure it again")
         row = row_from_dict(entry["row"], f"{path}, row {number}")
-        found.append(
-            VariantRow(Variant(**entry["variant"]), row, tuple(entry["error_left"]), float(entry["train_seconds"]))
-        )
-    return found, [row_from_dict(row, f"{path}, CFG, row {number}") for number, row in enumerate(value["cfg"])]
+        found.append(TrainingRow(TrainingVariant(**variant), row, tuple(left), seconds))
+    return found, [row_from_dict(row, f"{path}, CFG, row {number}") for number, row in enumerate(rows_of(path, "cfg"))]
 
 
-def variant_table(rows: Sequence[VariantRow], cfg: Sequence[Row]) -> str:
+def variant_table(rows: Sequence[TrainingRow], cfg: Sequence[Row]) -> str:
     """The rows as a Markdown table, mean ± standard deviation over seeds: a line for each variant and scale, CFG's first.
 
     Of the variant the columns show what differs between the rows.
     """
-    differing = [field.name for field in fields(Variant) if len({getattr(row.variant, field.name) for row in rows}) > 1]
+    differing = [
+        field.name for field in fields(TrainingVariant) if len({getattr(row.variant, field.name) for row in rows}) > 1
+    ]
     lines = [
-        "| "
-        + " | ".join([*(name.replace("_", " ") for name in differing), "w", "endpoint error", "FD", "accuracy"])
-        + " |",
-        "|---" * (len(differing) + 4) + "|",
+        _line(["method", *(name.replace("_", " ") for name in differing), "w", "endpoint error", "FD", "accuracy"]),
+        "|---" * (len(differing) + 5) + "|",
     ]
     for summary in summarise(cfg):
-        cells = [f"{summary.method}" if i == 0 else "" for i in range(len(differing))]
-        lines.append(_line([*cells, f"{summary.scale:g}", *_measured_cells(summary)]))
+        lines.append(_line([summary.method, *("" for _ in differing), f"{summary.scale:g}", *_measured_cells(summary)]))
     for variant in dict.fromkeys(row.variant for row in rows):
         for summary in summarise([row.row for row in rows if row.variant == variant]):
-            cells = [str(getattr(variant, name)) for name in differing]
-            lines.append(_line([*cells, f"{summary.scale:g}", *_measured_cells(summary)]))
+            values = [getattr(variant, name) for name in differing]
+            cells = ["all" if value is None else f"{value}" for value in values]
+            lines.append(_line([summary.method, *cells, f"{summary.scale:g}", *_measured_cells(summary)]))
     return "\n".join(lines)
 
 
@@ -343,40 +342,26 @@ def main() -> None:
     arguments = parser.parse_args()
     start, run = time.perf_counter(), arguments.run
     variants = [variant for variant in ABLATIONS[arguments.ablation] if variant.kind in arguments.kinds]
-    if arguments.steps:
+    if not variants:
+        parser.error(f"{arguments.ablation} has no variants of the kinds {', '.join(arguments.kinds)}")
+    if arguments.steps is not None:
         variants = [replace(variant, num_steps=arguments.steps) for variant in variants]
-    base = load_base(arguments.base)
-    for variant in {variant.store_name(): variant for variant in variants}.values():
-        collect_for(base, variant, run)
-    held_out_store(base, run)
-    pool = ProcessPoolExecutor(arguments.workers, mp_context=get_context("spawn"))
-
-    def measured(label: str, variants: Sequence[Variant | None]) -> list[VariantRow | Row]:
-        units = itertools.product(variants, arguments.scales, arguments.seeds)
-        jobs = [
-            pool.submit(measure_variant, arguments.base, run, variant, scale, seed, arguments.n)
-            for variant, scale, seed in units
-        ]
-        return [job.result() for job in tqdm(jobs, desc=label)]
-
-    try:
-        cfg = measured("CFG", [None])
-        trainings = itertools.product(variants, arguments.seeds)
-        jobs = [pool.submit(train_variant, arguments.base, run, variant, seed) for variant, seed in trainings]
-        for job in tqdm(jobs, desc="train"):
-            job.result()
-        rows = measured("AGD", variants)
-    finally:
-        pool.shutdown(cancel_futures=True)
-    path = arguments.results or DATA / "results" / f"{arguments.base}-{arguments.ablation}.json"
+    base, name = load_base(arguments.base), arguments.base
+    parallel = functools.partial(in_parallel, arguments.workers)
+    how = (arguments.n, STEPS)
+    with lock_folder(run):
+        for variant in {variant.store_name(): variant for variant in variants}.values():
+            collect_for(base, variant, run)
+        held_out_store(base, run)
+        parallel("unguided", measure_unit, [(name, run, Unit("unguided", 1.0, seed), *how) for seed in arguments.seeds])
+        at = list(itertools.product(arguments.scales, arguments.seeds))
+        cfg = parallel("CFG", measure_unit, [(name, run, Unit("cfg", *each), *how) for each in at])
+        parallel("train", train_variant, [(name, run, *each) for each in itertools.product(variants, arguments.seeds)])
+        units = itertools.product(variants, at)
+        rows = parallel("AGD", measure_variant, [(name, run, variant, *each, arguments.n) for variant, each in units])
+    path = arguments.results or DATA / "results" / f"{name}-{arguments.ablation}.json"
     command = "python -m agd_lib.recipes " + shlex.join(sys.argv[1:])
-    write_variants(
-        path,
-        [row for row in rows if isinstance(row, VariantRow)],
-        [row for row in cfg if isinstance(row, Row)],
-        command,
-        time.perf_counter() - start,
-    )
+    write_variants(path, rows, cfg, command, time.perf_counter() - start)
 
 
 if __name__ == "__main__":

@@ -3,45 +3,62 @@
     python -m agd_lib.rivals tiny-dit --run runs/rivals/tiny-dit
 
 Each stands in for an :class:`~agd_lib.attach.AdapterSet` in training and in sampling. They are here to be compared with, not
-to be used: what each costs a base model is part of the comparison. Results go to ``data/results/<base>-rivals.json``.
+to be used: what each costs a base model is part of the comparison. Every student's learning rate is the best of three, by
+the error on held-out states after a quarter of the steps. Results go to ``data/results/<base>-rivals.json``.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import hashlib
 import itertools
+import json
 import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm.auto import tqdm
 
 from .adapters import ScalarEncoding
 from .attach import AdapterConfig, AdapterSet
-from .base_models import BaseModel, StableDiffusionBase, load_base
+from .base_models import BaseModel, Condition, StableDiffusionBase, load_base
 from .errors import AdapterError, AGDError
-from .evaluation import default_extractor, endpoint_mse_ratio, evaluate, load_reference
-from .guidance import AGD, CFG, Guidance, Scale, Unguided, scale_at
+from .evaluation import endpoint_mse_ratio
+from .guidance import AGD, CFG, Scale, Unguided, scale_at
 from .influence import influence_of
 from .project import DATA
-from .results import Row, best_scale, row_from_dict
+from .recipes import HELD_OUT_PROMPTS, SETTINGS, STEPS
+from .results import Row, cell, row_from_dict, summarise
 from .sampling import generate
-from .storage import read_json, write_json
-from .study import PLANS, SEEDS, measuring_conditions, provenance, read_study, train_compiled, training_conditions
-from .training import Student, TrainingSettings
+from .storage import lock_folder, read_json, read_tensors, write_json, write_tensors
+from .study import (
+    PLANS,
+    SEEDS,
+    Unit,
+    in_parallel,
+    measure,
+    measure_unit,
+    measuring_conditions,
+    provenance,
+    rows_of,
+    train_compiled,
+    training_conditions,
+)
+from .training import Student, TrainingSettings, state_errors, state_weights
 from .trajectories import CollectionPlan, TrajectoryStore, collect
+
+# The students ----------------------------------------------------------------------------------------------------------
 
 
 class Rival(nn.Module):
@@ -50,20 +67,20 @@ class Rival(nn.Module):
     It belongs to the base model that it is made for, and is on it from :meth:`attach` on for good.
 
     Attributes:
-        config: as of adapters, for the guidance range and the name (``kind``).
-        weights: everything that is trained.
+        config: as of adapters, for the guidance range and the name (``kind``). weights: everything that is trained.
     """
 
     name = ""
 
-    def __init__(self, base: BaseModel, guidance_range: tuple[float, float], seed: int = 0) -> None:
+    def __init__(self, base: BaseModel, guidance_range: tuple[float, float], size: int = 0, seed: int = 0) -> None:
         super().__init__()
         like = AdapterSet.create(base, "offset", 1, guidance_range).config
         self.config: AdapterConfig = replace(like, kind=self.name)
-        self.seed = seed
+        self.size, self.seed = size, seed
         self.weights = nn.ParameterList()
         self._base: BaseModel | None = None
         self._scale: Scale | None = None
+        self._scales: Tensor | None = None  # (B,), of the forward pass that is under way
 
     def attach(self, base: BaseModel) -> Rival:
         """Put it on the base model; returns self."""
@@ -72,12 +89,19 @@ class Rival(nn.Module):
                 torch.manual_seed(self.seed)
                 self.weights.extend(self._put_on(base))
             self._base = base
+            base.denoiser.register_forward_pre_hook(self._before_forward, with_kwargs=True, prepend=True)
         self.check_attached(base)
         return self
 
     def _put_on(self, base: BaseModel) -> list[nn.Parameter]:
         """Change the model so that it can be told a scale, with no effect yet; returns what is to be trained."""
         raise NotImplementedError
+
+    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        assert self._base is not None
+        timestep, _ = self._base.read_call(args, kwargs)
+        like = torch.empty(0, device=timestep.device)
+        self._scales = None if self._scale is None else scale_at(self._scale, 0, len(timestep), like)
 
     def check_attached(self, base: BaseModel) -> None:
         """Raises :class:`AdapterError` if this is not on that very base model."""
@@ -91,16 +115,12 @@ class Rival(nn.Module):
 
     @contextmanager
     def guided_by(self, scale: Scale) -> Iterator[Rival]:
-        """Inside the block every forward pass of the base model is guided at this scale."""
+        """Inside the block every forward pass of the base model is guided at this scale, a number or one for each sample."""
         before, self._scale = self._scale, scale
         try:
             yield self
         finally:
             self._scale = before
-
-    def _scales(self, like: Tensor) -> Tensor | None:
-        """The scale of every sample of a batch that ``like`` has as its first dimension; None outside :meth:`guided_by`."""
-        return None if self._scale is None else scale_at(self._scale, 0, len(like), like)
 
     def num_parameters(self) -> int:
         """Trained parameters."""
@@ -111,25 +131,24 @@ class FineTuned(Rival):
     """All weights of the model, told the scale by an embedding: stage one of Meng et al. (arXiv 2210.03142).
 
     The scale's random Fourier features go through a two-layer network, and the result is added to the embedding of the
-    timestep. The base model is no more when this has been trained.
+    timestep. The base model is no more when this has been trained. (Of a DiT every block's own copy of the embedding is
+    trained, so the parameters are more than the base model's, which counts the copies once.)
     """
 
     name = "fine-tuned"
 
     def _put_on(self, base: BaseModel) -> list[nn.Parameter]:
-        sites = [site.embedding for site in base.attention_sites().values() if site.embedding is not None]
-        embedders = sites or [base.denoiser.time_embedding]
-        width = next(iter(base.attention_sites().values())).channels
-        if not sites:
-            width = base.denoiser.time_embedding.linear_2.out_features
-        encoding = ScalarEncoding(64, inner_norm=False)
-        projection = nn.Linear(64, width)
+        sites = base.attention_sites().values()
+        embedders = [site.embedding for site in sites if site.embedding is not None]
+        width = next(iter(sites)).channels
+        if not embedders:
+            embedders, width = [base.denoiser.time_embedding], base.denoiser.time_embedding.linear_2.out_features
+        encoding, projection = ScalarEncoding(64, inner_norm=False), nn.Linear(64, width)
         nn.init.zeros_(projection.weight)
         nn.init.zeros_(projection.bias)
 
         def told(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            scale = self._scales(output)
-            return output if scale is None else output + projection(encoding(scale)).to(output.dtype)
+            return output if self._scales is None else output + projection(encoding(self._scales)).to(output.dtype)
 
         for embedder in embedders:
             embedder.register_forward_hook(told)
@@ -138,29 +157,24 @@ class FineTuned(Rival):
 
 
 class ScaledLoRA(Rival):
-    """peft's LoRA on the linear layers of every transformer block, each layer's update times w - 1.
+    """peft's LoRA on the linear layers of attention and feed-forward, each layer's update times w - 1.
 
     Args:
-        rank: of the updates.
+        size: rank of the updates.
     """
 
     name = "lora"
     LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
 
-    def __init__(self, base: BaseModel, guidance_range: tuple[float, float], seed: int = 0, rank: int = 8) -> None:
-        super().__init__(base, guidance_range, seed)
-        self.rank = rank
-
     def _put_on(self, base: BaseModel) -> list[nn.Parameter]:
         from peft import LoraConfig, inject_adapter_in_model
 
         def times_beyond_one(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            scale = self._scales(output)
-            if scale is None:
+            if self._scales is None:
                 return output * 0
-            return output * (scale - 1).to(output.dtype).view(-1, *[1] * (output.ndim - 1))
+            return output * (self._scales - 1).to(output.dtype).view(-1, *[1] * (output.ndim - 1))
 
-        config = LoraConfig(r=self.rank, lora_alpha=self.rank, target_modules=list(self.LAYERS))
+        config = LoraConfig(r=self.size, lora_alpha=self.size, target_modules=list(self.LAYERS))
         inject_adapter_in_model(config, base.denoiser)
         found = []
         for name, module in base.denoiser.named_modules():
@@ -172,12 +186,13 @@ class ScaledLoRA(Rival):
 
 
 class Sharpener(Rival):
-    """A network on the prompt's embeddings alone, once for a prompt, after DICE (Zhou et al., arXiv 2502.03726).
+    """A network on the prompt's embeddings alone, after DICE (Zhou et al., arXiv 2502.03726); the model is as it was.
 
-    Every token c becomes ``c + (w - 1) W gelu(V [c, mean of all tokens] + b)``; the model is as it was.
+    Every token c becomes ``c + (w - 1) W gelu(V [c, mean of all tokens] + b)``. (That could be computed once for a prompt;
+    here it is computed at every step.)
 
     Args:
-        hidden_size: of the network.
+        size: hidden width of the network.
 
     Raises:
         AdapterError: if the base model is told its condition by something else than prompts.
@@ -185,31 +200,29 @@ class Sharpener(Rival):
 
     name = "sharpener"
 
-    def __init__(
-        self, base: BaseModel, guidance_range: tuple[float, float], seed: int = 0, hidden_size: int = 64
-    ) -> None:
-        super().__init__(base, guidance_range, seed)
-        if self.config.prompt_dim is None:
-            raise AdapterError(f"got {base.name}, expected a text-to-image model: it sharpens a prompt's embeddings")
-        self.hidden_size = hidden_size
-
     def _put_on(self, base: BaseModel) -> list[nn.Parameter]:
         width = self.config.prompt_dim
-        assert width is not None
-        first, last = nn.Linear(2 * width, self.hidden_size), nn.Linear(self.hidden_size, width, bias=False)
+        if width is None:
+            raise AdapterError(f"got {base.name}, expected a text-to-image model: it sharpens a prompt's embeddings")
+        first, last = nn.Linear(2 * width, self.size), nn.Linear(self.size, width, bias=False)
         nn.init.zeros_(last.weight)
 
         def sharpen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            tokens = kwargs["encoder_hidden_states"]
-            scale = self._scales(tokens)
-            if scale is None:
+            if self._scales is None:
                 return None
+            tokens = kwargs["encoder_hidden_states"]
             seen = torch.cat([tokens, tokens.mean(dim=1, keepdim=True).expand_as(tokens)], dim=-1)
-            change = last(F.gelu(first(seen.float()))) * (scale - 1)[:, None, None]
+            change = last(F.gelu(first(seen.float()))) * (self._scales - 1)[:, None, None]
             return args, kwargs | {"encoder_hidden_states": tokens + change.to(tokens.dtype)}
 
         base.denoiser.register_forward_pre_hook(sharpen, with_kwargs=True)
         return [*first.parameters(), *last.parameters()]
+
+
+# The comparison --------------------------------------------------------------------------------------------------------
+
+RIVALS: dict[str, type[Rival]] = {kind.name: kind for kind in (ScaledLoRA, FineTuned, Sharpener)}
+SHARE = 0.05
 
 
 @dataclass(frozen=True)
@@ -217,67 +230,110 @@ class Entrant:
     """One student in the comparison.
 
     Attributes:
-        make: from (base, guidance range, seed) to the student, untrained.
-        settings: of its training, with the number of steps that :func:`equal_steps` is measured by.
+        name: ``"modulated"`` (AGD's), or a name in :data:`RIVALS`. size: rank or width; 0 for fine-tuning.
+        operations: floating-point operations of one gradient step, per sample; see :func:`operations_per_step`.
     """
 
-    make: Callable[[BaseModel, tuple[float, float], int], Rival | AdapterSet]
-    settings: TrainingSettings
+    name: str
+    size: int
+    operations: int
+
+    def make(self, base: BaseModel, seed: int) -> AdapterSet:
+        """The student, untrained. (A :class:`Rival` stands in for adapters wherever this module uses them.)"""
+        bounds = PLANS[base.name].guidance_range
+        if self.name in RIVALS:
+            return cast(AdapterSet, RIVALS[self.name](base, bounds, self.size, seed))
+        ranges = PLANS[base.name].recipes[self.name].noise_ranges
+        return AdapterSet.create(base, self.name, self.size, bounds, noise_ranges=ranges, seed=seed)
 
 
-def _largest(make: Callable[[int], Rival], base_name: str, share: float = 0.05) -> int:
-    """The largest size of which the trained parameters are not above that share of the base model's."""
-    size, allowed = 0, share * load_base(base_name).num_parameters()
+def entrants(base_name: str) -> list[Entrant]:
+    """Who takes part: AGD's adapters first. Those with a size have the largest of at most 5 % of the parameters."""
+    base = load_base(base_name)
+    found = [Entrant("modulated", PLANS[base_name].recipes["modulated"].hidden_size, 0), Entrant("fine-tuned", 0, 0)]
+    sized = ["lora", "sharpener"] if isinstance(base, StableDiffusionBase) else ["lora"]
+    found += [Entrant(name, _largest(name, base_name), 0) for name in sized]
+    counted = []
+    for entrant in found:
+        base = load_base(base_name)
+        counted.append(replace(entrant, operations=operations_per_step(base, entrant.make(base, 0))))
+    return counted
+
+
+def _largest(name: str, base_name: str) -> int:
+    """The largest size of a rival of which the trained parameters are at most :data:`SHARE` of the base model's."""
+    size, allowed = 0, SHARE * load_base(base_name).num_parameters()
     for half in (2**power for power in range(11, -1, -1)):
-        if make(size + half).attach(load_base(base_name)).num_parameters() <= allowed:
+        base = load_base(base_name)
+        if Entrant(name, size + half, 0).make(base, 0).attach(base).num_parameters() <= allowed:
             size += half
+    if size == 0:
+        raise AGDError(f"{base_name} is too small: {name} of size 1 has more than {SHARE:.0%} of its parameters")
     return size
 
 
-def entrants(base_name: str, steps: int) -> dict[str, Entrant]:
-    """Who takes part, by name: AGD's adapters first. Those with a size have the largest within 5 % of the parameters."""
-    base, plan = load_base(base_name), PLANS[base_name]
-    recipe, bounds = plan.recipes["modulated"], plan.guidance_range
-    muon = replace(recipe.settings, num_steps=steps, batch_size=64, learning_rate=5e-3)
-
-    def modulated(base: BaseModel, guidance_range: tuple[float, float], seed: int) -> AdapterSet:
-        ranges = recipe.noise_ranges
-        return AdapterSet.create(base, "modulated", recipe.hidden_size, guidance_range, noise_ranges=ranges, seed=seed)
-
-    rank = _largest(lambda size: ScaledLoRA(load_base(base_name), bounds, rank=size), base_name)
-    found = {
-        "modulated": Entrant(modulated, muon),
-        "lora": Entrant(lambda base, bounds, seed: ScaledLoRA(base, bounds, seed, rank), muon),
-        "fine-tuned": Entrant(FineTuned, replace(muon, optimizer="adam", learning_rate=5e-4)),
-    }
-    if isinstance(base, StableDiffusionBase):
-        hidden = _largest(lambda size: Sharpener(load_base(base_name), bounds, hidden_size=size), base_name)
-        found["sharpener"] = Entrant(lambda base, bounds, seed: Sharpener(base, bounds, seed, hidden), muon)
-    return found
-
-
-def operations_per_step(base: BaseModel, student: Rival | AdapterSet, batch_size: int = 8) -> int:
-    """Floating-point operations of one gradient step, forward and backward, per sample; counted by torch."""
-    module = Student(base, cast(AdapterSet, student))
+def operations_per_step(base: BaseModel, student: AdapterSet, batch_size: int = 8) -> int:
+    """Of one gradient step, forward and backward, per sample; counted by torch. The optimiser's own are not in it."""
+    module = Student(base, student)
     latents = torch.randn(batch_size, *base.latent_shape, device=base.device)
     timestep = torch.full((batch_size,), base.num_train_timesteps // 2, device=base.device)
-    with FlopCounterMode(display=False) as counter:
+    condition: Condition = base.blank_condition(batch_size)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # fused attention is not counted
         scales = torch.full((batch_size,), 2.0, device=base.device)
-        module(latents, timestep, base.blank_condition(batch_size), scales).square().mean().backward()
+        module(latents, timestep, condition, scales).square().mean().backward()
     for weight in student.parameters():
         weight.grad = None
     return int(counter.get_total_flops()) // batch_size
 
 
-def equal_steps(base_name: str, entrants: dict[str, Entrant]) -> dict[str, tuple[int, int]]:
-    """``(steps, operations per sample and step)`` of each, so that all trainings cost as many operations as the first's."""
-    costs = {}
-    for name, entrant in entrants.items():
-        base = load_base(base_name)
-        costs[name] = operations_per_step(base, entrant.make(base, PLANS[base_name].guidance_range, 0))
-    first = next(iter(entrants))
-    total = entrants[first].settings.num_steps * costs[first]
-    return {name: (math.floor(total / cost), cost) for name, cost in costs.items()}
+def equal_steps(competitors: Sequence[Entrant], steps: int) -> dict[str, int]:
+    """Gradient steps of each that cost as many operations as ``steps`` of the first."""
+    total = steps * competitors[0].operations
+    return {entrant.name: math.floor(total / entrant.operations) for entrant in competitors}
+
+
+def rates(name: str) -> tuple[TrainingSettings, ...]:
+    """The settings that are tried for a student: three learning rates."""
+    if name == "fine-tuned":  # Muon is for small updates from zero; whole models are fine-tuned with Adam
+        return tuple(replace(SETTINGS, optimizer="adam", learning_rate=rate) for rate in (2.5e-4, 5e-4, 1e-3))
+    return tuple(replace(SETTINGS, learning_rate=rate) for rate in (2.5e-3, 5e-3, 1e-2))
+
+
+def train_entrant(base_name: str, run: Path, entrant: Entrant, settings: TrainingSettings) -> Path:
+    """Train a student, unless that is done; returns the folder of its weights and of what is to be said of them."""
+    torch.set_num_threads(1)
+    base = load_base(base_name)
+    store, held_out = (TrajectoryStore(run / name, check=False) for name in ("trajectories", "held-out"))
+    inputs = [
+        base.fingerprint(),
+        asdict(entrant),
+        asdict(settings),
+        *(each.manifest["shards"] for each in (store, held_out)),
+        influence_of(base, store).tolist(),
+    ]
+    folder = run / "students" / hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
+    note = folder.with_suffix(".json")
+    if note.is_file():
+        return folder
+    student = entrant.make(base, settings.seed)
+    start = time.perf_counter()
+    train_compiled(base, student, store, settings, label=f"{entrant.name} {settings.seed}")
+    seconds = time.perf_counter() - start
+    write_tensors(folder / "weights.safetensors", student.state_dict())
+    base = load_base(base_name)
+    student = load_entrant(folder, base, entrant, settings.seed)
+    weights = state_weights(held_out, settings.weighting).double()
+    error = float((weights * state_errors(base, student, held_out)).sum())
+    left = error / float((weights * held_out.column("signal")).sum())
+    write_json(note, {"held_out": left, "train_seconds": seconds})
+    return folder
+
+
+def load_entrant(folder: Path, base: BaseModel, entrant: Entrant, seed: int) -> AdapterSet:
+    """A trained student on a base model of its own."""
+    student = entrant.make(base, seed).attach(base)
+    student.load_state_dict(read_tensors(folder / "weights.safetensors", AGDError, "student"))
+    return student
 
 
 @dataclass(frozen=True)
@@ -286,88 +342,84 @@ class Outcome:
 
     Attributes:
         row: its ``adapter`` is the student's name, its ``adapter_parameters`` are what was trained.
-        steps, operations: of the training: gradient steps, and floating-point operations in all.
-        train_seconds: with compiling. base_moved: how far the model's unguided images have moved when the student is
-            told no scale, as a share of how far guidance moves them; 0: the base model is still there, to the bit.
+        settings: of the training. operations: floating-point operations of all of it. train_seconds: with compiling.
+        base_moved: how far the model's unguided images have moved when the student is told no scale, as a share of how
+            far guidance moves them; 0: the base model is still there, to the bit.
     """
 
     row: Row
-    steps: int
+    settings: TrainingSettings
     operations: int
     train_seconds: float
     base_moved: float
 
 
 def compare(
-    base_name: str, run: Path, name: str, steps: int, operations: int, seed: int, scale: float, n: int
+    base_name: str, run: Path, entrant: Entrant, settings: TrainingSettings, scale: float, seed: int, n: int
 ) -> Outcome:
-    """Train one entrant from one seed and measure it; what was done before is read.
-
-    Args:
-        steps, operations: see :func:`equal_steps`.
-    """
-    file = run / "outcomes" / f"{name}-{steps}-seed{seed}-{scale:g}-{n}.json"
-    if file.is_file():
-        return _outcome(read_json(file, AGDError, "outcome"), str(file))
-    torch.set_num_threads(1)
-    base, plan = load_base(base_name), PLANS[base_name]
+    """Train a student from one seed, and sample and measure it; what was done before is read."""
+    settings = replace(settings, seed=seed)
+    folder = train_entrant(base_name, run, entrant, settings)
+    note = read_json(folder.with_suffix(".json"), AGDError, "note")
+    base, how = load_base(base_name), (n, seed, STEPS)
     base_parameters = base.num_parameters()
-    extractor, reference_path = default_extractor(base, DATA)
-    assert reference_path is not None
-    reference, conditions = load_reference(reference_path, extractor), measuring_conditions(base, n, seed)
-
-    def measured(guidance: Guidance, keep: Path | None, compared: tuple[Tensor, Tensor] | None) -> tuple[Row, Tensor]:
-        found = evaluate(
-            base,
-            guidance,
-            reference,
-            extractor,
-            n,
-            seed,
-            unguided_latents=compared[0] if compared else None,
-            cfg_latents=compared[1] if compared else None,
-            progress=False,
-            keep=keep,
-            conditions=conditions,
-        )
-        return found.row, found.latents
-
-    _, unguided = measured(Unguided(), run / "rows", None)
-    _, guided = measured(CFG(scale), run / "rows", None)
-    entrant = entrants(base_name, 1)[name]
-    student = entrant.make(base, plan.guidance_range, seed)
-    settings = replace(entrant.settings, num_steps=steps, seed=seed)
-    store = TrajectoryStore(run / "trajectories", check=False)
-    start = time.perf_counter()
-    train_compiled(base, cast(AdapterSet, student), store, settings, label=f"{name} {seed}")
-    seconds = time.perf_counter() - start
-    with torch.compiler.set_stance("force_eager"):  # batches of another size
-        guidance = AGD(cast(AdapterSet, student), scale)
-        row = replace(measured(guidance, None, (unguided, guided))[0], base_parameters=base_parameters)
-        asked = (conditions * n)[: len(unguided)]
-        told_nothing = torch.cat(list(generate(base, asked, Unguided(), row.steps, seed))).float().cpu()
-    # What is left of the base model: MSE(told nothing, unguided) / MSE(CFG, unguided).
-    base_moved = endpoint_mse_ratio(told_nothing, guided, unguided)
-    outcome = Outcome(row, steps, operations * settings.batch_size * steps, seconds, base_moved)
-    write_json(file, asdict(outcome))
-    return outcome
+    unguided = measure(base, Unguided(), *how, run / "rows")
+    cfg = measure(base, CFG(scale), *how, run / "rows")
+    student = load_entrant(folder, base, entrant, seed)
+    row = measure(base, AGD(student, scale), *how, folder, unguided, cfg).row
+    asked = (list(measuring_conditions(base, n, seed)) * n)[:n]
+    # in batches as large as those that were measured: on some models others differ in the last bit
+    told_nothing = torch.cat(list(generate(base, asked, Unguided(), STEPS, seed, batch_size=250))).float().cpu()
+    moved = endpoint_mse_ratio(
+        told_nothing, cfg.latents, unguided.latents
+    )  # MSE(nothing, unguided) / MSE(CFG, unguided)
+    operations = entrant.operations * settings.batch_size * settings.num_steps
+    row = replace(row, base_parameters=base_parameters, adapter_parameters=student.num_parameters())
+    return Outcome(row, settings, operations, note["train_seconds"], moved)
 
 
-def read_comparison(path: Path) -> list[Outcome]:
-    """The outcomes in a file that this module wrote.
+def read_comparison(path: Path) -> tuple[list[Outcome], list[Row]]:
+    """``(outcomes, rows of unguided sampling and CFG)`` in a file that this module wrote.
 
     Raises:
         AGDError: if it is missing or malformed.
     """
-    rows = read_json(path, AGDError, "comparison")["rows"]
-    return [_outcome(value, f"{path}, row {number}") for number, value in enumerate(rows)]
+    names, found = {field.name for field in fields(Outcome)}, []
+    for number, value in enumerate(rows_of(path)):
+        if value.keys() != names:
+            raise AGDError(f"{path}, row {number} is not the outcome of a comparison: measure it again")
+        try:
+            settings = TrainingSettings(**value["settings"])
+        except (TypeError, ValueError) as error:
+            raise AGDError(f"{path}, row {number}: its settings are malformed: {error}") from error
+        row = row_from_dict(value["row"], f"{path}, row {number}")
+        found.append(Outcome(**(value | {"row": row, "settings": settings})))
+    return found, [row_from_dict(row, f"{path}, row {number}") for number, row in enumerate(rows_of(path, "others"))]
 
 
-def _outcome(value: Any, origin: str) -> Outcome:
-    names = {field.name for field in fields(Outcome)}
-    if not isinstance(value, dict) or value.keys() != names:
-        raise AGDError(f"{origin} is not the outcome of a comparison: measure it again")
-    return Outcome(**(value | {"row": row_from_dict(value["row"], origin)}))
+def comparison_table(outcomes: Sequence[Outcome], others: Sequence[Row]) -> str:
+    """A Markdown table, mean ± standard deviation over seeds: unguided sampling and CFG first, then every student."""
+    lines = [
+        "| way | trained parameters | w | NFE | endpoint error | FD | accuracy | base model moved |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    moved = {(found.row.adapter, found.row.scale): found.base_moved for found in outcomes}  # of the last seed
+    for summary in summarise([*others, *(found.row for found in outcomes)]):
+        name = summary.method.removeprefix("agd ")
+        mine = [found.row for found in outcomes if found.row.adapter == name]
+        cells = [
+            f"{name} (AGD)" if name == "modulated" else name,
+            f"{mine[0].adapter_parameters:,}" if mine else "-",
+            f"{summary.scale:g}",
+            f"{summary.nfe:g}",
+            *(
+                cell(summary.mean[measure], summary.deviation[measure], 3)
+                for measure in ("endpoint_mse_ratio", "fd", "condition_accuracy")
+            ),
+            f"{moved[name, summary.scale]:.3g}" if mine else "-",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -375,38 +427,50 @@ def main() -> None:
     parser.add_argument("base", choices=list(PLANS))
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--results", type=Path, default=None, help="by default data/results/<base>-rivals.json")
-    parser.add_argument("--steps", type=int, default=1_500, help="gradient steps of AGD's adapters; others: as costly")
+    parser.add_argument("--steps", type=int, default=1_000, help="gradient steps of AGD's adapters; others: as costly")
     parser.add_argument("--trajectories", type=int, default=4_000)
-    parser.add_argument("--scale", type=float, default=None, help="by default the one where CFG's distance is lowest")
+    parser.add_argument("--scales", nargs="+", type=float, default=[2.0, 3.0, 4.0])
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--n", type=int, default=1_000, help="images for each measurement")
     parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
     arguments = parser.parse_args()
-    start, name, run = time.perf_counter(), arguments.base, arguments.run
-    base = load_base(name)
-    scale = arguments.scale or best_scale(read_study(DATA / "results" / f"{name}-gate.json"))
-    plan = CollectionPlan(
-        training_conditions(base, arguments.trajectories),
-        arguments.trajectories,
-        PLANS[name].guidance_range,
-        num_inference_steps=20,
-        trajectories_per_shard=1_000,
-    )
-    influence_of(base, collect(base, plan, run / "trajectories"))
-    costs = equal_steps(name, entrants(name, arguments.steps))
-    pool = ProcessPoolExecutor(arguments.workers, mp_context=get_context("spawn"))
-    try:
-        units = itertools.product(costs.items(), arguments.seeds)
-        jobs = [
-            pool.submit(compare, name, run, rival, *cost, seed, scale, arguments.n) for (rival, cost), seed in units
+    start, name, run, seeds = time.perf_counter(), arguments.base, arguments.run, arguments.seeds
+    base, parallel = load_base(name), functools.partial(in_parallel, arguments.workers)
+    bounds, count = PLANS[name].guidance_range, arguments.trajectories
+    plan = CollectionPlan(training_conditions(base, count), count, bounds, STEPS, trajectories_per_shard=1_000)
+    held_out = CollectionPlan(training_conditions(base, 400, HELD_OUT_PROMPTS), 400, bounds, STEPS, seed=1)
+    with lock_folder(run):
+        influence_of(base, collect(base, plan, run / "trajectories"))
+        collect(base, held_out, run / "held-out")
+        at, how = list(itertools.product(arguments.scales, seeds)), (arguments.n, STEPS)
+        others = parallel("unguided", measure_unit, [(name, run, Unit("unguided", 1.0, seed), *how) for seed in seeds])
+        others += parallel("CFG", measure_unit, [(name, run, Unit("cfg", *each), *how) for each in at])
+        competitors = entrants(name)
+        steps = equal_steps(competitors, arguments.steps)
+        tried = [
+            (name, run, entrant, replace(settings, num_steps=max(1, steps[entrant.name] // 4)))
+            for entrant in competitors
+            for settings in rates(entrant.name)
         ]
-        outcomes = [job.result() for job in tqdm(jobs, desc="rivals")]
-    finally:
-        pool.shutdown(cancel_futures=True)
+        folders = parallel("learning rates", train_entrant, tried)
+        errors = [read_json(folder.with_suffix(".json"), AGDError, "note")["held_out"] for folder in folders]
+        best: dict[str, tuple[float, TrainingSettings]] = {}
+        for (_, _, entrant, settings), error in zip(tried, errors):
+            settings = replace(settings, num_steps=steps[entrant.name])
+            best[entrant.name] = min(best.get(entrant.name, (error, settings)), (error, settings), key=lambda e: e[0])
+        chosen = [(name, run, entrant, best[entrant.name][1]) for entrant in competitors]
+        parallel(
+            "train",
+            train_entrant,
+            [(*who, replace(settings, seed=seed)) for *who, settings in chosen for seed in seeds],
+        )
+        units = [(*who, *each, arguments.n) for who in chosen for each in at]
+        outcomes: list[Outcome] = parallel("students", compare, units)
     path = arguments.results or DATA / "results" / f"{name}-rivals.json"
     command = "python -m agd_lib.rivals " + shlex.join(sys.argv[1:])
-    seconds = time.perf_counter() - start
-    write_json(path, provenance(command, seconds) | {"rows": [asdict(outcome) for outcome in outcomes]})
+    values = {"others": [asdict(row) for row in others], "rows": [asdict(outcome) for outcome in outcomes]}
+    write_json(path, provenance(command, time.perf_counter() - start) | values)
+    print(comparison_table(outcomes, others))
 
 
 if __name__ == "__main__":

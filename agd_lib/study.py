@@ -115,10 +115,10 @@ TRAINING_PROMPTS, MEASURING_PROMPTS = 10, 20
 """Seeds of the prompts that text-to-image models are given: of those in training, and of the first seed's in measuring."""
 
 
-def training_conditions(base: BaseModel, trajectories: int) -> tuple[Any, ...]:
-    """Every class; or one prompt for each trajectory, as in the paper."""
+def training_conditions(base: BaseModel, trajectories: int, seed: int = TRAINING_PROMPTS) -> tuple[Any, ...]:
+    """Every class; or one prompt for each trajectory, as in the paper, by the prompts' seed."""
     if isinstance(base, StableDiffusionBase):
-        return tuple(scene_prompts(trajectories, TRAINING_PROMPTS))
+        return tuple(scene_prompts(trajectories, seed))
     return tuple(base.all_conditions())
 
 
@@ -151,6 +151,7 @@ def train_compiled(
     A step takes half the time then. The backward pass of the fused attention has none of those instructions and would eat
     it all up, hence the plain one. The base model stays compiled, for the shapes of these batches: load another one.
     """
+    torch.compiler.reset()  # of other adapters in this process: after eight kinds of them nothing is compiled any more
     base.denoiser.compile(dynamic=False)
     accelerator = Accelerator(cpu=base.device.type == "cpu", mixed_precision="bf16" if has_fast_bfloat16() else "no")
     with sdpa_kernel(SDPBackend.MATH):
@@ -192,40 +193,54 @@ def train_unit(base_name: str, run: Path, kind: str, seed: int) -> None:
     write_json(note, inputs)
 
 
+def measure(
+    base: BaseModel,
+    guidance: Guidance,
+    n: int,
+    seed: int,
+    num_inference_steps: int,
+    keep: Path,
+    unguided: Evaluation | None = None,
+    cfg: Evaluation | None = None,
+) -> Evaluation:
+    """:func:`~agd_lib.evaluation.evaluate` of a small base model, by its own extractor, reference and conditions.
+
+    Args:
+        keep: what was measured before is read from there. unguided, cfg: for the endpoint error.
+    """
+    extractor, reference_path = default_extractor(base, DATA)
+    assert reference_path is not None
+    return evaluate(
+        base,
+        guidance,
+        load_reference(reference_path, extractor),
+        extractor,
+        n,
+        seed,
+        num_inference_steps,
+        unguided_latents=unguided.latents if unguided else None,
+        cfg_latents=cfg.latents if cfg else None,
+        progress=False,
+        keep=keep,
+        conditions=measuring_conditions(base, n, seed),
+    )
+
+
 def measure_unit(base_name: str, run: Path, unit: Unit, n: int, num_inference_steps: int) -> Row:
     """Sample and measure one unit; what was measured before is read."""
     torch.set_num_threads(1)
-    base = load_base(base_name)
-    extractor, reference_path = default_extractor(base, DATA)
-    assert reference_path is not None
-
-    def measure(guidance: Guidance, unguided: Evaluation | None = None, cfg: Evaluation | None = None) -> Evaluation:
-        return evaluate(
-            base,
-            guidance,
-            load_reference(reference_path, extractor),
-            extractor,
-            n,
-            unit.seed,
-            num_inference_steps,
-            unguided_latents=unguided.latents if unguided else None,
-            cfg_latents=cfg.latents if cfg else None,
-            progress=False,
-            keep=run / "rows",
-            conditions=measuring_conditions(base, n, unit.seed),
-        )
-
-    unguided = measure(Unguided())
+    base, how = load_base(base_name), (n, unit.seed, num_inference_steps, run / "rows")
+    unguided = measure(base, Unguided(), *how)
     if unit.kind == "unguided":
         return unguided.row
-    cfg = measure(CFG(unit.scale))
+    cfg = measure(base, CFG(unit.scale), *how)
     if unit.kind == "cfg":
         return cfg.row
     adapters = AdapterSet.from_pretrained(run / "adapters" / f"{unit.kind}-seed{unit.seed}").attach(base)
-    return measure(AGD(adapters, unit.scale), unguided, cfg).row
+    return measure(base, AGD(adapters, unit.scale), *how, unguided, cfg).row
 
 
-def _in_parallel(
+def in_parallel(
     workers: int, label: str, function: Callable[..., Any], calls: Sequence[tuple[object, ...]]
 ) -> list[Any]:
     """The results of the calls, in order; at the first error the calls that have not begun are given up."""
@@ -254,10 +269,25 @@ def write_study(path: Path, rows: Sequence[Row], command: str, seconds: float) -
     write_json(path, provenance(command, seconds) | {"rows": [asdict(row) for row in rows]})
 
 
+def rows_of(path: Path, name: str = "rows") -> list[dict[str, Any]]:
+    """A list of JSON objects in a file of results.
+
+    Raises:
+        AGDError: if it is missing or malformed.
+    """
+    value = read_json(path, AGDError, "file of results").get(name)
+    if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
+        raise AGDError(f"{path} holds no list of {name}: measure it again")
+    return value
+
+
 def read_study(path: Path) -> list[Row]:
-    """The rows of a file that :func:`write_study` wrote."""
-    value = read_json(path, AGDError, "study")
-    return [row_from_dict(row, f"{path}, row {number}") for number, row in enumerate(value["rows"])]
+    """The rows of a file that :func:`write_study` wrote.
+
+    Raises:
+        AGDError: if it is missing or malformed.
+    """
+    return [row_from_dict(row, f"{path}, row {number}") for number, row in enumerate(rows_of(path))]
 
 
 def ship(run: Path, rows: Sequence[Row], kinds: Sequence[str], seed: int, folder: Path, results: Path) -> None:
@@ -297,7 +327,7 @@ def main() -> None:
     run, common = arguments.run, (n, arguments.steps)
 
     def measured(label: str, units: Iterable[Unit]) -> list[Row]:
-        return _in_parallel(arguments.workers, label, measure_unit, [(arguments.base, run, u, *common) for u in units])
+        return in_parallel(arguments.workers, label, measure_unit, [(arguments.base, run, u, *common) for u in units])
 
     rows = measured("unguided", [Unit("unguided", 1.0, seed) for seed in arguments.seeds])
     rows += measured("CFG", [Unit("cfg", scale, seed) for scale in scales for seed in arguments.seeds])
@@ -313,7 +343,7 @@ def main() -> None:
         influence_of(base, collect(base, plan, run / "trajectories"))  # once, before two workers want it
         longest_first = sorted(arguments.kinds, key=lambda kind: -study.recipes[kind].settings.num_steps)
         trainings = [(arguments.base, run, kind, seed) for kind in longest_first for seed in arguments.seeds]
-        _in_parallel(arguments.workers, "train", train_unit, trainings)
+        in_parallel(arguments.workers, "train", train_unit, trainings)
         students = itertools.product(arguments.kinds, scales, arguments.seeds)
         rows += measured("AGD", itertools.starmap(Unit, students))
     command = "python -m agd_lib.study " + shlex.join(sys.argv[1:])

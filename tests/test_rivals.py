@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import cast
 
@@ -14,7 +15,19 @@ from agd_lib.base_models import BaseModel, load_base
 from agd_lib.errors import AdapterError, AGDError
 from agd_lib.guidance import AGD
 from agd_lib.influence import influence_of
-from agd_lib.rivals import FineTuned, Rival, ScaledLoRA, Sharpener, entrants, equal_steps, operations_per_step
+from agd_lib.rivals import (
+    Entrant,
+    FineTuned,
+    Rival,
+    ScaledLoRA,
+    Sharpener,
+    comparison_table,
+    entrants,
+    equal_steps,
+    operations_per_step,
+    read_comparison,
+)
+from agd_lib.storage import write_json
 from agd_lib.study import PLANS, training_conditions
 from agd_lib.training import TrainingSettings, train
 from agd_lib.trajectories import CollectionPlan, TrajectoryStore, collect
@@ -62,11 +75,12 @@ def test_identity_before_training_and_what_is_left_of_the_base_after_it(
     before = predicted(base)
     store = collected(base, tmp_path / "store")
     bounds, start = tuple(store.manifest["guidance_range"]), dict(base.denoiser.named_parameters())
-    untrained = kind(base, bounds).attach(base)
+    optimizer = "adam" if kind is FineTuned else "muon"
+    untrained = kind(base, bounds, 8).attach(base)
     assert torch.equal(predicted(base, untrained, 4.0), before)
     base = load_base(name)
-    rival = kind(base, bounds)
-    for _ in train(base, cast(AdapterSet, rival), store, TrainingSettings(4, 8, 1e-3)):
+    rival = kind(base, bounds, 8)
+    for _ in train(base, cast(AdapterSet, rival), store, TrainingSettings(4, 8, 1e-2, optimizer=optimizer)):
         pass
     assert not torch.allclose(predicted(base, rival, 4.0), before, atol=1e-5)
     assert rival.num_parameters() == sum(w.numel() for w in rival.parameters() if w.requires_grad) > 0
@@ -80,25 +94,26 @@ def test_identity_before_training_and_what_is_left_of_the_base_after_it(
     else:
         assert not changed
         assert torch.equal(predicted(base), before) and torch.equal(predicted(base, rival, 1.0), before)
-        one, two = (predicted(base, rival, scale) - before for scale in (1.001, 1.002))
-        torch.testing.assert_close(two, 2 * one, rtol=0.02, atol=2e-5)  # proportional to w - 1
+        one, two = (predicted(base, rival, scale) - before for scale in (1.05, 1.1))
+        assert one.abs().max() > 1e-4
+        assert (two - 2 * one).abs().max() < 0.2 * one.abs().max()  # proportional to w - 1
 
 
 @pytest.mark.parametrize("name", ["tiny-dit", "tiny-sd21"])
 def test_sizes_and_equal_operations(name: str) -> None:
-    competitors = entrants(name, 1_000)
+    competitors = entrants(name)
     base_parameters = load_base(name).num_parameters()
-    for label, entrant in competitors.items():
+    for entrant in competitors:
         base = load_base(name)
-        student = entrant.make(base, BOUNDS, 0)
-        share = student.attach(base).num_parameters() / base_parameters
-        assert share > 1 if label == "fine-tuned" else 0.04 < share <= 0.05
-    found = equal_steps(name, competitors)
-    assert found.keys() == competitors.keys() and found["modulated"][0] == 1_000
-    totals = {label: steps * operations for label, (steps, operations) in found.items()}
+        share = entrant.make(base, 0).attach(base).num_parameters() / base_parameters
+        assert share > 1 if entrant.name == "fine-tuned" else 0.04 < share <= 0.05
+    steps = equal_steps(competitors, 1_000)
+    assert steps["modulated"] == 1_000
+    totals = {entrant.name: steps[entrant.name] * entrant.operations for entrant in competitors}
     assert all(0.99 * totals["modulated"] < total <= totals["modulated"] for total in totals.values())
     # all weights' gradients are a third product of matrices beside the two that a frozen model needs
-    assert 1.3 < found["fine-tuned"][1] / found["modulated"][1] < 1.55
+    operations = {entrant.name: entrant.operations for entrant in competitors}
+    assert 1.3 < operations["fine-tuned"] / operations["modulated"] < 1.55
 
 
 def test_operations_are_those_of_a_sample_and_leave_no_gradients() -> None:
@@ -109,28 +124,49 @@ def test_operations_are_those_of_a_sample_and_leave_no_gradients() -> None:
     assert all(weight.grad is None for weight in adapters.parameters())
 
 
-def test_an_outcome_is_measured_once_and_malformed_ones_are_named(
+def test_what_was_done_is_read_and_what_it_depends_on_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base = load_base("tiny-dit")
+    base, lora = load_base("tiny-dit"), Entrant("lora", 2, 1_000)
     collected(base, tmp_path / "trajectories")
-    outcome = rivals.compare("tiny-dit", tmp_path, "lora", 2, 1_000, 1, 2.0, 140)
-    assert (outcome.row.method, outcome.row.nfe, outcome.row.seed, outcome.steps) == ("agd lora", 20, 1, 2)
-    assert outcome.operations == 2 * 64 * 1_000 and outcome.base_moved == 0
-    assert outcome.row.endpoint_mse_ratio is not None and 0.3 < outcome.row.endpoint_mse_ratio < 1.2
+    collect(base, CollectionPlan((0, 1), 4, BOUNDS, 3, seed=1), tmp_path / "held-out", progress=False)
+    settings = TrainingSettings(2, 8, 1e-3)
+    outcome = rivals.compare("tiny-dit", tmp_path, lora, settings, 2.0, 1, 140)
+    assert (outcome.row.method, outcome.row.nfe, outcome.row.seed) == ("agd lora", 20, 1)
+    assert outcome.operations == 2 * 8 * 1_000 and outcome.base_moved == 0
+    assert outcome.row.base_parameters == base.num_parameters()
+    assert outcome.row.endpoint_mse_ratio is not None and 0.5 < outcome.row.endpoint_mse_ratio < 1.2
+    assert outcome.row.endpoint_mse_ratio != 1
+    whole = rivals.compare("tiny-dit", tmp_path, Entrant("fine-tuned", 0, 1_000), settings, 2.0, 1, 140)
+    assert whole.base_moved > 0.01
     monkeypatch.setattr(rivals, "train_compiled", lambda *arguments, **options: pytest.fail("trained again"))
-    assert rivals.compare("tiny-dit", tmp_path, "lora", 2, 1_000, 1, 2.0, 140) == outcome
-    file = tmp_path / "outcomes" / "lora-2-seed1-2-140.json"
-    file.write_text("{}")
-    with pytest.raises(AGDError, match="not the outcome"):
-        rivals.compare("tiny-dit", tmp_path, "lora", 2, 1_000, 1, 2.0, 140)
+    assert rivals.compare("tiny-dit", tmp_path, lora, settings, 2.0, 1, 140) == outcome
+    for other in (replace(settings, learning_rate=2e-3), replace(settings, num_steps=3)):
+        with pytest.raises(pytest.fail.Exception, match="trained again"):
+            rivals.compare("tiny-dit", tmp_path, lora, other, 2.0, 1, 140)
+    with pytest.raises(pytest.fail.Exception, match="trained again"):
+        rivals.compare("tiny-dit", tmp_path, replace(lora, size=3), settings, 2.0, 1, 140)
+    path = tmp_path / "rivals.json"
+    value = {"rows": [asdict(outcome)], "others": [asdict(outcome.row)]}
+    write_json(path, value)
+    assert read_comparison(path) == ([outcome], [outcome.row])
+    assert "| lora |" in comparison_table([outcome], []).splitlines()[2]
+    for broken, complaint in (
+        ({}, "no list of rows"),
+        (value | {"rows": [{"row": 3}]}, "row 0 is not the outcome"),
+        (value | {"rows": [asdict(outcome) | {"settings": {"num_steps": -1}}]}, "row 0: its settings"),
+        ({"rows": []}, "no list of others"),
+    ):
+        write_json(path, broken)
+        with pytest.raises(AGDError, match=complaint):
+            read_comparison(path)
 
 
 def test_a_rival_is_refused_where_it_cannot_be() -> None:
     base = load_base("tiny-dit")
     with pytest.raises(AdapterError, match="text-to-image"):
-        Sharpener(base, BOUNDS)
-    lora = ScaledLoRA(base, BOUNDS).attach(base)
+        Sharpener(base, BOUNDS, 8).attach(base)
+    lora = ScaledLoRA(base, BOUNDS, 2).attach(base)
     with pytest.raises(AdapterError, match="not on this copy"):
         lora.check_attached(load_base("tiny-dit"))
     with pytest.raises(AdapterError, match="gradient checkpointing"):
