@@ -261,13 +261,19 @@ def entrants(base_name: str) -> list[Entrant]:
 
 
 def _largest(name: str, base_name: str) -> int:
-    """The largest size of a rival of which the trained parameters are at most :data:`SHARE` of the base model's."""
-    size, allowed = 0, SHARE * load_base(base_name).num_parameters()
-    for half in (2**power for power in range(11, -1, -1)):
+    """The largest size of a rival of which the trained parameters are at most :data:`SHARE` of the base model's.
+
+    Raises:
+        AGDError: if even the smallest has more.
+    """
+
+    def parameters(size: int) -> int:
         base = load_base(base_name)
-        if Entrant(name, size + half, 0).make(base, 0).attach(base).num_parameters() <= allowed:
-            size += half
-    if size == 0:
+        return Entrant(name, size, 0).make(base, 0).attach(base).num_parameters()
+
+    one, two = parameters(1), parameters(2)  # they grow linearly
+    size = 1 + math.floor((SHARE * load_base(base_name).num_parameters() - one) / (two - one))
+    if size < 1:
         raise AGDError(f"{base_name} is too small: {name} of size 1 has more than {SHARE:.0%} of its parameters")
     return size
 

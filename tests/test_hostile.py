@@ -57,8 +57,11 @@ def base(dit_folder: Path) -> BaseModel:
 
 @pytest.fixture(scope="module")
 def originals(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_originals(base, tmp_path_factory.mktemp("originals"))
+
+
+def write_originals(base: BaseModel, folder: Path) -> Path:
     """One of everything that the library reads. Read only."""
-    folder = tmp_path_factory.mktemp("originals")
     store = collect(base, PLAN, folder / "store", progress=False)
     adapters = AdapterSet.create(base, "offset", 4, PLAN.guidance_range)
     adapters.save_pretrained(folder / "adapters")
