@@ -88,7 +88,7 @@ def curves_over_timesteps(
         log: logarithmic values.
         colours: label -> colour; the others take their turn in matplotlib's cycle. dashed: labels of dashed curves.
     """
-    figure, axis = plt.subplots(figsize=(7.5, 3.8))
+    figure, axis = plt.subplots(figsize=(7.5, 4.2))
     for label, (timesteps, values) in curves.items():
         axis.plot(
             np.asarray(timesteps),
@@ -105,8 +105,9 @@ def curves_over_timesteps(
     if log:
         axis.set_yscale("log")
     axis.grid(alpha=0.3)
-    if len(curves) > 1:
-        axis.legend(fontsize=8)
+    if len(curves) > 1:  # below the axes, where no curve is
+        columns = min(len(curves), 3 if max(map(len, curves)) <= 28 else 2)
+        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=columns)
     axis.set_title(title, fontsize=11)
     figure.tight_layout()
     plt.close(figure)

@@ -123,7 +123,11 @@ def training_conditions(base: BaseModel, trajectories: int, seed: int = TRAINING
 
 
 def measuring_conditions(base: BaseModel, n: int, seed: int) -> list[Any]:
-    """What the images are asked to show: every class in turn; or prompts that no training saw, others for each seed."""
+    """What the images are asked to show: every class in turn; or prompts drawn independently of those in training.
+
+    Others for each seed. The grammar of the scenes is small: about half of the prompts also occur among the 100,000
+    captions that the base models were trained on.
+    """
     if isinstance(base, StableDiffusionBase):
         return scene_prompts(n, MEASURING_PROMPTS + seed)
     return base.all_conditions()
