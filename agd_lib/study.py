@@ -88,7 +88,7 @@ paper's own settings are the defaults of :class:`~agd_lib.training.TrainingSetti
 
 _TEXT_SETTINGS = replace(_SETTINGS, num_steps=1_000, batch_size=64, learning_rate=5e-3)
 
-_TEXT: tuple[tuple[float, ...], tuple[float, float], int, int] = ((2.0, 3.0, 5.0, 8.0, 12.0), (1.0, 12.0), 8_000, 1_000)
+_TEXT: tuple[tuple[float, float], int, int] = ((1.0, 12.0), 8_000, 1_000)
 
 PLANS: dict[str, StudyPlan] = {
     "tiny-dit": StudyPlan(RECIPES, (1.5, 2.0, 2.5, 3.0, 4.0, 6.0), (1.0, 6.0), trajectories=24_000, n=1_700),
@@ -98,6 +98,7 @@ PLANS: dict[str, StudyPlan] = {
             "cross-attention": Recipe(40, _TEXT_SETTINGS),
             "modulated": Recipe(41, replace(_TEXT_SETTINGS, num_steps=5_000), noise_ranges=2),
         },
+        (2.0, 3.0, 5.0, 8.0, 12.0),
         *_TEXT,
     ),
     "tiny-sdxl": StudyPlan(
@@ -106,6 +107,7 @@ PLANS: dict[str, StudyPlan] = {
             "cross-attention": Recipe(24, _TEXT_SETTINGS),
             "modulated": Recipe(26, replace(_TEXT_SETTINGS, num_steps=2_000), noise_ranges=2),
         },
+        (2.0, 3.0, 5.0, 8.0),
         *_TEXT,
     ),
 }
