@@ -31,6 +31,7 @@ class AdapterInputs:
         class_embedding: (B, class_dim), the base model's own label embedding; None without classes.
         noise_level: (B,), or (T, 1): the timestep as a share of the training timesteps, from 0 (clean) to 1.
         prompt_embeddings: (B, L, prompt_dim), the text encoder's tokens; None without prompts.
+        negative_embeddings: (B, L, negative_dim), those of the negative prompts; None without.
         code: (B, d), or (T, B, d): the :class:`SharedCode` z of the above; None for kinds that make their own.
         shift_code: (w - 1) z, in the shape of ``code``.
         token_shift_code: (w - 1) z of each prompt token, (B, L, d), or (T, B, L, d); None without prompts.
@@ -41,6 +42,7 @@ class AdapterInputs:
     noise_level: Tensor
     class_embedding: Tensor | None = None
     prompt_embeddings: Tensor | None = None
+    negative_embeddings: Tensor | None = None
     code: Tensor | None = None
     shift_code: Tensor | None = None
     token_shift_code: Tensor | None = None
@@ -61,7 +63,8 @@ class AdapterSizes:
 
     Attributes:
         hidden_size: d, the adapter's inner width.
-        timestep_dim, class_dim, prompt_dim: widths of the base model's embeddings; None leaves that input out.
+        timestep_dim, class_dim, prompt_dim, negative_dim: widths of the base model's embeddings, the last of those of
+            negative prompts (not in the paper); None leaves that input out.
         scale_multiplier: factor on the guidance scale before its Fourier features. 1 keeps nearby scales alike; the
             authors' offset adapter uses 1,000, which turns the features into a hash of the scale.
         noise_ranges: equal ranges of noise levels for which a :class:`ModulatedAdapter` has hidden units of their own.
@@ -73,6 +76,7 @@ class AdapterSizes:
     prompt_dim: int | None = None
     scale_multiplier: float = 1.0
     noise_ranges: int = 1
+    negative_dim: int | None = None
 
 
 class ScalarEncoding(nn.Module):
@@ -163,6 +167,7 @@ class OffsetAdapter(Adapter):
         self.timestep_proj = nn.Linear(sizes.timestep_dim, d) if sizes.timestep_dim else None
         self.class_proj = nn.Linear(sizes.class_dim, d) if sizes.class_dim else None
         self.prompt_proj = nn.Linear(sizes.prompt_dim, d) if sizes.prompt_dim else None
+        self.negative_proj = nn.Linear(sizes.negative_dim, d) if sizes.negative_dim else None
         self.out_proj = _mlp(d, d, channels, inner_norm=True)
         nn.init.zeros_(self.out_proj[-1].weight)  # type: ignore[arg-type]
 
@@ -174,6 +179,8 @@ class OffsetAdapter(Adapter):
             code = code + self.class_proj(inputs.class_embedding)
         if self.prompt_proj is not None and inputs.prompt_embeddings is not None:
             code = code + self.prompt_proj(inputs.prompt_embeddings.mean(dim=1))
+        if self.negative_proj is not None and inputs.negative_embeddings is not None:
+            code = code + self.negative_proj(inputs.negative_embeddings.mean(dim=1))
         return (self.out_proj(code)[..., None, :],)  # (..., B, 1, C)
 
     def forward(self, hidden_states: Tensor, output: Tensor, condition: tuple[Tensor, ...]) -> Tensor:
@@ -202,6 +209,7 @@ class CrossAttentionAdapter(Adapter):
         self.timestep_proj = nn.Linear(sizes.timestep_dim, d) if sizes.timestep_dim else None
         self.class_proj = nn.Linear(sizes.class_dim, d) if sizes.class_dim else None
         self.prompt_proj = nn.Linear(sizes.prompt_dim, d) if sizes.prompt_dim else None
+        self.negative_proj = nn.Linear(sizes.negative_dim, d) if sizes.negative_dim else None
         self.q_proj = nn.Linear(channels, d, bias=False)
         self.k_proj = nn.Linear(d, d, bias=False)
         self.v_proj = nn.Linear(d, d, bias=False)
@@ -215,9 +223,9 @@ class CrossAttentionAdapter(Adapter):
         self.register_buffer("positions", torch.cat([angles.sin(), angles.cos()], dim=-1))  # (250, d)
 
     def condition(self, inputs: AdapterInputs) -> tuple[Tensor, ...]:
-        """Keys beside values, (..., B, tokens, 2 d): of scale, timestep and class; and of the prompt, if they see one.
+        """Keys beside values, (..., B, tokens, 2 d): of scale, timestep and class; and of the prompts, if they see any.
 
-        The prompt's do not depend on the step: those of T steps are one and the same.
+        The prompts' do not depend on the step: those of T steps are one and the same.
         """
         scale = self.guidance_scale_encoding(inputs.guidance_scale * self.sizes.scale_multiplier)  # (..., B, d)
         tokens = [scale]
@@ -226,10 +234,15 @@ class CrossAttentionAdapter(Adapter):
         if self.class_proj is not None and inputs.class_embedding is not None:
             tokens.append(self.class_proj(inputs.class_embedding).expand_as(scale))
         own = self._keys_and_values(torch.stack(tokens, dim=-2), first=0)
-        if self.prompt_proj is None or inputs.prompt_embeddings is None:
+        seen = []  # each (B, L, d)
+        if self.prompt_proj is not None and inputs.prompt_embeddings is not None:
+            seen.append(self.prompt_proj(inputs.prompt_embeddings))
+        if self.negative_proj is not None and inputs.negative_embeddings is not None:
+            seen.append(self.negative_proj(inputs.negative_embeddings))
+        if not seen:
             return (own,)
-        prompt = self._keys_and_values(self.prompt_proj(inputs.prompt_embeddings), first=len(tokens))  # (B, L, 2 d)
-        return own, prompt.expand(*own.shape[:-2], *prompt.shape[-2:])
+        prompts = self._keys_and_values(torch.cat(seen, dim=1), first=len(tokens))  # (B, L or 2 L, 2 d)
+        return own, prompts.expand(*own.shape[:-2], *prompts.shape[-2:])
 
     def _keys_and_values(self, tokens: Tensor, first: int) -> Tensor:
         """Of tokens (..., S, d) at the positions from ``first`` on: (..., S, 2 d)."""
@@ -250,7 +263,8 @@ class CrossAttentionAdapter(Adapter):
 class SharedCode(nn.Module):
     """One code of (scale, timestep, class or prompt) for all adapters of a set: z, (..., B, d).
 
-    The code of a whole prompt sees the mean of its tokens, the code of a token sees that token. The paper's adapters each
+    The code of a whole prompt sees the mean of its tokens, the code of a token sees that token; both see the mean of the
+    negative prompt's tokens, in sets that are told one. The paper's adapters each
     have a network of their own for this, with most of their parameters; the inputs are the same everywhere, so an
     extension's adapters share one.
     """
@@ -262,6 +276,7 @@ class SharedCode(nn.Module):
         self.timestep_proj = nn.Linear(sizes.timestep_dim, d) if sizes.timestep_dim else None
         self.class_proj = nn.Linear(sizes.class_dim, d) if sizes.class_dim else None
         self.prompt_proj = nn.Linear(sizes.prompt_dim, d) if sizes.prompt_dim else None
+        self.negative_proj = nn.Linear(sizes.negative_dim, d) if sizes.negative_dim else None
 
     def forward(self, inputs: AdapterInputs) -> AdapterInputs:
         """The inputs with their codes: of the whole condition; and, times w - 1, those that shifts are linear in."""
@@ -272,6 +287,8 @@ class SharedCode(nn.Module):
             code = code + self.timestep_proj(inputs.timestep_embedding)
         if self.class_proj is not None and inputs.class_embedding is not None:
             code = code + self.class_proj(inputs.class_embedding)
+        if self.negative_proj is not None and inputs.negative_embeddings is not None:
+            code = code + self.negative_proj(inputs.negative_embeddings.mean(dim=1))
         beyond_one = (w - 1).to(code.dtype)[..., None]  # (..., B, 1)
         token_shift_code = None
         if self.prompt_proj is not None and inputs.prompt_embeddings is not None:

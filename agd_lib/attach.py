@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from .adapters import ADAPTERS, Adapter, AdapterSizes, ModulatedAdapter, SharedCode, TimestepShift
 from .base_models import BaseModel, Condition, DiTBase, SamplingRun, Site, StableDiffusionXLBase
 from .errors import AdapterError
-from .guidance import Scale, scale_at
+from .guidance import NEGATIVE, Scale, scale_at
 from .project import DATA, display_path
 from .storage import read_json, read_tensors, write_json, write_tensors, writing
 
@@ -49,7 +49,8 @@ class AdapterConfig:
         hidden_size: d, the adapters' inner width.
         sites: attention layer -> its width C. timestep_sites: projection by which a residual block is told the timestep
             -> its width; only modulated adapters of a UNet have any.
-        timestep_dim, class_dim, prompt_dim: widths of the inputs; None where the adapters do not see that input.
+        timestep_dim, class_dim, prompt_dim, negative_dim: widths of the inputs; None where the adapters do not see that
+            input.
         guidance_range: (w_min, w_max) of the training trajectories.
         base_name, base_revision, base_fingerprint, prediction_type: the base model trained on.
         guided_channels: latent channels that the teacher guided.
@@ -71,6 +72,7 @@ class AdapterConfig:
     scale_multiplier: float = 1.0
     noise_ranges: int = 1
     timestep_sites: dict[str, int] = field(default_factory=dict)
+    negative_dim: int | None = None
     format_version: int = FORMAT_VERSION
     library_version: str = field(default_factory=lambda: _library_version())
 
@@ -131,6 +133,7 @@ class AdapterSet(nn.Module):
             config.prompt_dim,
             config.scale_multiplier,
             config.noise_ranges,
+            config.negative_dim,
         )
         self.adapters = nn.ModuleDict()
         for kind, places in ((ADAPTERS[config.kind], config.sites), (TimestepShift, config.timestep_sites)):
@@ -139,6 +142,7 @@ class AdapterSet(nn.Module):
         self.shared = SharedCode(sizes) if ADAPTERS[config.kind].shares_code else None
         self.enabled = True
         self._scale: Scale | None = None
+        self._negative: Tensor | None = None
         self._base: BaseModel | None = None
         self._handles: list[Any] = []
         self._call: tuple[Tensor, Condition] | None = None  # of a forward pass that has not reached its blocks
@@ -160,6 +164,7 @@ class AdapterSet(nn.Module):
         noise_ranges: int = 1,
         seed: int = 0,
         all_sites: bool = True,
+        use_negative: bool = False,
     ) -> AdapterSet:
         """New adapters for the attention sites of a base model, untrained: they change nothing yet.
 
@@ -173,6 +178,8 @@ class AdapterSet(nn.Module):
             seed: of their initial weights.
             all_sites: False leaves out the last attention of each up block of a UNet, as the authors' code does (13 of
                 SD 2.1's 16 sites, 58 of SDXL's 70); ``config.sites`` tells which there are.
+            use_negative: whether they see negative prompts, which the paper's do not. Then they are trained on trajectories
+                whose conditions are pairs of a prompt and a negative one.
 
         Raises:
             ValueError: for an unknown kind, a hidden size or a number of noise ranges below 1, several noise ranges for
@@ -182,6 +189,8 @@ class AdapterSet(nn.Module):
         check_guidance_range(guidance_range)
         if not _is_size(hidden_size):
             raise ValueError(f"got hidden_size {hidden_size!r}, expected a whole number from 1 to 65,536")
+        if use_negative and base.adapter_input_dims()["prompt_dim"] is None:
+            raise ValueError(f"got use_negative for {base.name}, expected a text-to-image model: it has no prompts")
         if not _is_number_of_ranges(noise_ranges):
             raise ValueError(f"got noise_ranges {noise_ranges!r}, expected a whole number from 1 to 100")
         dims = base.adapter_input_dims()
@@ -202,6 +211,7 @@ class AdapterSet(nn.Module):
             scale_multiplier=scale_multiplier,
             noise_ranges=noise_ranges,
             timestep_sites={site: projection.out_features for site, projection in timestep_sites.items()},
+            negative_dim=dims["prompt_dim"] if use_negative else None,
         )
         if not use_condition and kind == "modulated" and dims["prompt_dim"] is not None:
             raise ValueError("got use_condition=False, expected True: modulated adapters shift the prompt's tokens")
@@ -350,22 +360,32 @@ class AdapterSet(nn.Module):
         )
 
     @contextmanager
-    def guided_by(self, scale: Scale) -> Iterator[AdapterSet]:
+    def guided_by(self, scale: Scale, negative: Tensor | None = None) -> Iterator[AdapterSet]:
         """Inside the block every forward pass of the base model is guided at this scale; see :data:`Scale`.
+
+        Args:
+            negative: (B, L, D), the tokens of negative prompts (``base.encode`` of pairs), for adapters that see them; None:
+                no negative prompts.
 
         It costs least if the base model knows the run that the passes belong to, as :func:`agd_lib.sampling.sample` and
         :func:`agd_lib.dropin.load_agd` see to: ``with base.running(SamplingRun(scheduler))``.
 
         Raises:
-            AdapterError: if these adapters are on no base model.
+            AdapterError: if these adapters are on no base model, or are given negative prompts and do not see them.
         """
         if self._base is None:
             raise AdapterError("these adapters are on no base model: call attach(base) first")
-        before, self._scale = self._scale, scale
+        if negative is not None and self.config.negative_dim is None:
+            raise AdapterError(
+                "got negative prompts, and these adapters do not see them: leave them out, guide by CFG, or train adapters "
+                "with use_negative=True"
+            )
+        before = self._scale, self._negative
+        self._scale, self._negative = scale, negative
         try:
             yield self
         finally:
-            self._scale, self._conditions = before, None
+            (self._scale, self._negative), self._conditions = before, None
 
     @contextmanager
     def disabled(self) -> Iterator[AdapterSet]:
@@ -380,7 +400,21 @@ class AdapterSet(nn.Module):
         """Keep what the denoiser is called with."""
         self._call = self._conditions = None
         if self._base is not None and self.enabled and self._scale is not None:
-            self._call = self._base.read_call(args, kwargs)
+            timestep, condition = self._base.read_call(args, kwargs)
+            if self.config.negative_dim is not None:
+                condition = condition | {NEGATIVE: self._negative_tokens(len(timestep))}
+            self._call = timestep, condition
+
+    def _negative_tokens(self, batch_size: int) -> Tensor:
+        """Of the negative prompts; of the empty one where there are none."""
+        assert self._base is not None
+        if self._negative is None:
+            return self._base.null_condition(batch_size)["encoder_hidden_states"]
+        if len(self._negative) != batch_size:
+            raise ValueError(
+                f"got {len(self._negative)} negative prompts for {batch_size} samples, expected one for each"
+            )
+        return self._negative
 
     def _before_blocks(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Compute, or look up, what the adapters need of this forward pass besides their layer's tokens.
@@ -523,6 +557,10 @@ class AdapterSet(nn.Module):
             for name in ("timestep_dim", "class_dim", "prompt_dim")
             if getattr(self.config, name) is not None and getattr(self.config, name) != dims[name]
         ]
+        if self.config.negative_dim not in (None, dims["prompt_dim"]):
+            wrong.append(
+                f"prompt_dim is {dims['prompt_dim']}, the adapters expect {self.config.negative_dim} of negative ones"
+            )
         embeddings = [parts.embedding for parts in base.attention_sites().values() if parts.embedding is not None]
         if self.shared is not None and len(set(embeddings)) < len(embeddings):
             wrong.append("its blocks share one embedder, so their embeddings cannot be shifted one by one")
@@ -677,7 +715,7 @@ def config_from_dict(values: Mapping[str, Any], origin: Path) -> AdapterConfig:
         AdapterError: naming the field that is missing, unknown or out of range.
     """
     fields = AdapterConfig.__dataclass_fields__
-    missing, unknown = fields.keys() - values.keys() - {"timestep_sites"}, values.keys() - fields.keys()
+    missing, unknown = fields.keys() - values.keys() - {"timestep_sites", "negative_dim"}, values.keys() - fields.keys()
     if values.get("format_version") != FORMAT_VERSION:
         raise AdapterError(
             f"{origin} has adapter format version {values.get('format_version')!r}, this library reads {FORMAT_VERSION}"
@@ -750,6 +788,7 @@ _CONFIG_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "timestep_dim": (_is_size_or_none, "a size from 1 to 65,536, or null"),
     "class_dim": (_is_size_or_none, "a size from 1 to 65,536, or null"),
     "prompt_dim": (_is_size_or_none, "a size from 1 to 65,536, or null"),
+    "negative_dim": (_is_size_or_none, "a size from 1 to 65,536, or null"),
     "sites": (_are_sites, "attention layers by name, each with a size from 1 to 65,536"),
     "timestep_sites": (_are_places, "projections by name, each with a size from 1 to 65,536"),
     "guidance_range": (_is_range, "[w_min, w_max] with 0 <= w_min <= w_max"),

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from diffusers import DiffusionPipeline, DiTPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
@@ -29,6 +29,7 @@ from transformers.utils import logging as transformers_logging
 
 from .adapters import AdapterInputs
 from .errors import BaseModelError
+from .guidance import NEGATIVE
 from .project import DATA, find_folder
 from .storage import PICKLE_SUFFIXES
 
@@ -135,6 +136,10 @@ class BaseModel(ABC):
     @abstractmethod
     def null_condition(self, batch_size: int) -> Condition:
         """The condition of the unconditional branch."""
+
+    def unconditional(self, condition: Condition) -> Condition:
+        """What the second pass of classifier-free guidance is told beside this condition: the null condition."""
+        return self.null_condition(len(next(iter(condition.values()))))
 
     @abstractmethod
     def blank_condition(self, batch_size: int) -> Condition:
@@ -430,10 +435,13 @@ class DiTBase(BaseModel):
 class StableDiffusionBase(BaseModel):
     """A text-to-image UNet with one text encoder (``StableDiffusionPipeline``): SD 2.1, 2.0, 1.x, or one of any size.
 
-    A condition is ``{"encoder_hidden_states": (B, L, D)}``, the text encoder's tokens.
+    A condition is ``{"encoder_hidden_states": (B, L, D)}``, the text encoder's tokens; with negative prompts also
+    ``"negative_hidden_states"``, theirs.
     """
 
     PROMPTS_AT_ONCE = 32
+    _NEGATIVES: ClassVar[dict[str, str]] = {"encoder_hidden_states": NEGATIVE}
+    """What a negative prompt says instead of the null condition, and under which name."""
 
     def __init__(self, pipeline: Any, name: str, revision: str | None = None) -> None:
         super().__init__(pipeline, name, revision)
@@ -441,20 +449,40 @@ class StableDiffusionBase(BaseModel):
 
     @torch.no_grad()
     def encode(self, conditions: Sequence[Any]) -> Condition:
-        """Prompts -> :data:`Condition`, as the pipeline's own ``encode_prompt`` encodes them.
+        """Prompts, or pairs of a prompt and a negative prompt -> :data:`Condition`, encoded by ``encode_prompt`` of the pipeline.
 
         They are encoded in groups of 32, so that memory does not grow with their number beyond the result. A prompt may be
-        empty; of one that is too long for the text encoder the end is cut off, with a warning.
+        empty; of one that is too long for the text encoder the end is cut off, with a warning. An empty negative prompt is
+        none: its place takes the null condition's. So it is with prompts without one, where others have one.
 
         Raises:
-            ValueError: if there is no prompt, or one is not a str.
+            ValueError: if there is no prompt, or one is neither a str nor a pair (tuple) of two.
         """
         if isinstance(conditions, str) or not conditions:
             raise ValueError(f"got the prompts {conditions!r}, expected a list of at least one, such as ['a red cube']")
-        prompts = list(conditions)
-        for prompt in prompts:
-            if not isinstance(prompt, str):
-                raise ValueError(f"got the prompt {prompt!r}, expected a text (str) such as 'a red cube', or ''")
+        pairs = [condition if isinstance(condition, tuple) else (condition, "") for condition in conditions]
+        for pair in pairs:
+            if len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+                raise ValueError(
+                    f"got the prompt {pair if len(pair) != 2 else pair[0]!r}, expected a text (str) such as 'a red cube', or '', "
+                    "or a pair of texts: a prompt and a negative prompt"
+                )
+        prompts, negatives = map(list, zip(*pairs))
+        encoded = self._encode_all(prompts)
+        if any(isinstance(condition, tuple) for condition in conditions):
+            encoded |= self._encode_negatives(negatives)
+        return encoded
+
+    def _encode_negatives(self, negatives: list[str]) -> Condition:
+        """What :meth:`unconditional` reads: of empty ones the null condition's."""
+        encoded, null = self._encode_all(negatives), self.null_condition(len(negatives))
+        empty = torch.tensor([not negative for negative in negatives], device=self.device)
+        return {
+            negative: torch.where(empty.view(-1, *[1] * (null[name].ndim - 1)), null[name], encoded[name])
+            for name, negative in self._NEGATIVES.items()
+        }
+
+    def _encode_all(self, prompts: list[str]) -> Condition:
         self._warn_of_cut_prompts(prompts)
         starts = range(0, len(prompts), self.PROMPTS_AT_ONCE)
         with _quiet_diffusers(), self._on_device(*self._text_encoders()):
@@ -469,7 +497,12 @@ class StableDiffusionBase(BaseModel):
         return [self.pipeline.tokenizer]
 
     def _text_encoders(self) -> list[nn.Module]:
-        return [self.pipeline.text_encoder]
+        return self._present(self.pipeline.text_encoder)
+
+    @staticmethod
+    def _present(*encoders: nn.Module | None) -> list[nn.Module]:
+        """Without those that a pipeline was loaded without, for prompts that are encoded elsewhere."""
+        return [encoder for encoder in encoders if encoder is not None]
 
     def decoder_fingerprint(self) -> str | None:
         """See :meth:`BaseModel.decoder_fingerprint`; text-to-image models are used with autoencoders of others."""
@@ -493,7 +526,7 @@ class StableDiffusionBase(BaseModel):
                     warnings.warn(
                         f"the prompt {prompt[:60]!r} has {len(ids)} tokens, its text encoder takes {limit}: the end is "
                         f"cut off: {tokenizer.decode(ids[limit - 1 : -1])!r}",
-                        stacklevel=3,
+                        stacklevel=4,
                     )
                     break
 
@@ -509,6 +542,12 @@ class StableDiffusionBase(BaseModel):
 
     def _encode_null(self) -> Condition:
         return self.encode([""])
+
+    def unconditional(self, condition: Condition) -> Condition:
+        """The negative prompts of this condition, if it has any; otherwise the null condition."""
+        told = super().unconditional(condition)
+        given = {name: condition[key] for name, key in self._NEGATIVES.items() if key in condition}
+        return told | given
 
     def blank_condition(self, batch_size: int) -> Condition:
         tokenizer = self._tokenizers()[0]
@@ -540,6 +579,7 @@ class StableDiffusionBase(BaseModel):
                 timestep_embedding=self.denoiser.time_embedding(frequencies).float().unflatten(0, timestep.shape),
                 noise_level=timestep.float() / self.num_train_timesteps,
                 prompt_embeddings=tokens.float(),
+                negative_embeddings=condition[NEGATIVE].float() if NEGATIVE in condition else None,
             )
 
     def adapter_input_dims(self) -> dict[str, int | None]:
@@ -593,8 +633,11 @@ class StableDiffusionXLBase(StableDiffusionBase):
     """A text-to-image UNet with two text encoders and added conditions (``StableDiffusionXLPipeline``): SDXL.
 
     A condition is ``{"encoder_hidden_states": (B, L, D), "text_embeds": (B, E), "time_ids": (B, 6)}``: the tokens of both
-    text encoders side by side, the pooled embedding of the second, and the image size with no crop.
+    text encoders side by side, the pooled embedding of the second, and the image size with no crop. With negative prompts
+    also ``"negative_hidden_states"`` and ``"negative_text_embeds"``, theirs.
     """
+
+    _NEGATIVES: ClassVar[dict[str, str]] = StableDiffusionBase._NEGATIVES | {"text_embeds": "negative_text_embeds"}
 
     def _encode(self, prompts: list[str]) -> Condition:
         tokens, _, pooled, _ = self.pipeline.encode_prompt(
@@ -614,7 +657,7 @@ class StableDiffusionXLBase(StableDiffusionBase):
         return [self.pipeline.tokenizer, self.pipeline.tokenizer_2]
 
     def _text_encoders(self) -> list[nn.Module]:
-        return [self.pipeline.text_encoder, self.pipeline.text_encoder_2]
+        return self._present(self.pipeline.text_encoder, self.pipeline.text_encoder_2)
 
     def _encode_null(self) -> Condition:
         """The empty prompt; zeros in its place where the pipeline says so, as SDXL's does."""
@@ -622,6 +665,10 @@ class StableDiffusionXLBase(StableDiffusionBase):
         if self.pipeline.config.force_zeros_for_empty_prompt:
             null |= {name: torch.zeros_like(null[name]) for name in ("encoder_hidden_states", "text_embeds")}
         return null
+
+    def unconditional(self, condition: Condition) -> Condition:
+        """The null condition, or the negative prompts, with the sizes and crops of the condition, as the pipeline has it."""
+        return super().unconditional(condition) | {"time_ids": condition["time_ids"]}
 
     def blank_condition(self, batch_size: int) -> Condition:
         config = self.denoiser.config

@@ -44,7 +44,7 @@ from torch import Tensor
 from .attach import AdapterSet
 from .base_models import BaseModel, DiTBase, SamplingRun, StableDiffusionBase, StableDiffusionXLBase
 from .errors import BaseModelError
-from .guidance import Scale, scale_at, warn_if_untrained
+from .guidance import NEGATIVE, Scale, scale_at, warn_if_untrained
 
 PIPELINES: dict[Any, type[DiTBase | StableDiffusionBase]] = {
     DiTPipeline: DiTBase,
@@ -69,8 +69,8 @@ def load_agd(pipeline: Any, adapters: str | Path | AdapterSet) -> LoadedAdapters
     :class:`~agd_lib.guidance.GuidanceInterval`. It should be in the range that the adapters were trained on: outside it
     a call warns.
 
-    What only a second pass can do is refused, by a ``ValueError``: negative prompts (empty ones are fine) and
-    ``guidance_rescale``; so are scales that are negative, not finite, or not one per prompt. What cannot be told apart
+    What only a second pass can do is refused, by a ``ValueError``: negative prompts (empty ones are fine; adapters that were
+    trained to see negative prompts take ``negative_prompt``) and ``guidance_rescale``; so are scales that are negative, not finite, or not one per prompt. What cannot be told apart
     is not refused: ``ip_adapter_image_embeds`` must come without the negative half that two passes need, and a callback
     cannot change the guidance by ``_guidance_scale`` (a schedule can).
 
@@ -150,12 +150,16 @@ def _guided(kind: type) -> type:
             return pipeline_call(self, *args, **kwargs)
         call = signature.bind(self, *args, **kwargs)
         call.apply_defaults()
+        base = _base_of(self)
+        negative = None
+        if adapters.config.negative_dim is not None:
+            negative = _take_negative_prompts(call.arguments, base)
         _refuse_what_takes_two_passes(call.arguments, signature)
         scale = _read_scale(call.arguments, adapters.config.guidance_range)
         call.arguments["guidance_scale"] = 1.0
-        base = _base_of(self)
         uncompiled = torch.compiler.set_stance("force_eager")  # compiled code does not notice hooks that come and go
-        with uncompiled, adapters.attached(base), adapters.guided_by(scale), base.running(SamplingRun(base.scheduler)):
+        run = base.running(SamplingRun(base.scheduler))
+        with uncompiled, adapters.attached(base), adapters.guided_by(scale, negative), run:
             return pipeline_call(*call.args, **call.kwargs)
 
     looks = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
@@ -171,6 +175,29 @@ def _base_of(pipeline: Any) -> BaseModel:
     raise BaseModelError(
         f"got a {type(pipeline).__name__}, expected one of: {', '.join(kind.__name__ for kind in PIPELINES)}"
     )
+
+
+def _take_negative_prompts(arguments: dict[str, Any], base: BaseModel) -> Tensor | None:
+    """The tokens of a call's negative prompts, (B, L, D), which are taken out of the call; None if it has none."""
+    given = arguments.get("negative_prompt")
+    if given is None or not _says_something(given, None):
+        return None
+    prompts = [given] * _num_prompts(arguments) if isinstance(given, str) else list(given)
+    if len(prompts) != _num_prompts(arguments):
+        raise ValueError(
+            f"got {len(prompts)} negative prompts for {_num_prompts(arguments)} prompts, expected one for each"
+        )
+    arguments["negative_prompt"] = None
+    tokens = base.encode([("", prompt or "") for prompt in prompts])[NEGATIVE]
+    return tokens.repeat_interleave(arguments.get("num_images_per_prompt") or 1, dim=0)
+
+
+def _num_prompts(arguments: Mapping[str, Any]) -> int:
+    """Of a call; or of its classes."""
+    conditions = next(
+        (arguments[n] for n in ("class_labels", "prompt", "prompt_embeds") if arguments.get(n) is not None), ""
+    )
+    return 1 if isinstance(conditions, str) else len(conditions)
 
 
 def _refuse_what_takes_two_passes(arguments: Mapping[str, Any], signature: inspect.Signature) -> None:
@@ -202,12 +229,8 @@ def _read_scale(arguments: Mapping[str, Any], trained: tuple[float, float]) -> S
     given = arguments["guidance_scale"]
     if callable(given):
         return _watched(given, trained)
-    conditions = next(
-        (arguments[n] for n in ("class_labels", "prompt", "prompt_embeds") if arguments.get(n) is not None), ""
-    )
-    num_prompts = 1 if isinstance(conditions, str) else len(conditions)
     try:
-        scales = scale_at(given, 0, num_prompts, torch.empty(0, dtype=torch.float64))
+        scales = scale_at(given, 0, _num_prompts(arguments), torch.empty(0, dtype=torch.float64))
     except (TypeError, RuntimeError) as error:
         raise ValueError(
             f"got guidance_scale {given!r}, expected a number, one number per prompt, or a function of the timestep"

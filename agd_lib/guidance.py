@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from .attach import AdapterSet
     from .base_models import BaseModel, Condition
 
+NEGATIVE = "negative_hidden_states"
+"""Where a condition has the tokens of negative prompts, (B, L, D). The denoiser itself is not told them."""
+
 Scale: TypeAlias = "float | Tensor | Callable[[int], float]"
 """A number, a tensor (B,), or a function of the timestep (an int in 0..num_train_timesteps - 1)."""
 
@@ -142,7 +145,8 @@ class Unguided:
 class CFG:
     """Classifier-free guidance: conditional and unconditional predictions, batched into one call of twice the size.
 
-    Where the scale is 1 for every sample (outside a guidance interval) the unconditional pass is left out.
+    Where the scale is 1 for every sample (outside a guidance interval) the unconditional pass is left out. If the condition
+    has negative prompts (:meth:`BaseModel.encode` of pairs), they take the place of the null condition.
 
     Attributes:
         scale: see :data:`Scale`.
@@ -162,8 +166,8 @@ class CFG:
 
     def both(self, base: BaseModel, latents: Tensor, timestep: float, condition: Condition) -> tuple[Tensor, Tensor]:
         """``(conditional, unconditional)`` predictions, each (B, C, H, W), from one batched call."""
-        null = base.null_condition(len(latents))
-        doubled = {name: torch.cat([value, null[name]]) for name, value in condition.items()}
+        null = base.unconditional(condition)
+        doubled = {name: torch.cat([condition[name], value]) for name, value in null.items()}
         conditional, unconditional = base.denoise(torch.cat([latents, latents]), timestep, doubled).chunk(2)
         return conditional, unconditional
 
@@ -192,5 +196,5 @@ class AGD:
 
     def predict(self, base: BaseModel, latents: Tensor, timestep: float, condition: Condition) -> Tensor:
         self.adapters.check_attached(base)
-        with self.adapters.guided_by(self.scale):
+        with self.adapters.guided_by(self.scale, condition.get(NEGATIVE)):
             return base.denoise(latents, timestep, condition)

@@ -40,10 +40,39 @@ def results_table(path: Path) -> str:
     )
 
 
+def speed_table(path: Path) -> str:
+    """What ``make bench`` measured (``tests/benchmarks``): AGD beside CFG, and the store beside the plain way."""
+    about = read_json(path, ReadmeError, "record of benchmarks")
+    cpu, found = about["machine_info"]["cpu"], [benchmark["extra_info"] for benchmark in about["benchmarks"]]
+    lines = [
+        f"Medians over rounds, timed in turn in one run of `make bench`, on {cpu['count']} cores of {cpu['brand_raw']} with torch "
+        f"{about['machine_info']['torch']}; kept in [`{display_path(path)}`]({display_path(path)}). The limit is 2 / (1 + the "
+        "adapters' share of the counted operations).",
+        "",
+        "| model | adapters | share of parameters | batch | CFG, ms a step and image | AGD | CFG / AGD | limit |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['base']} | {row['adapter']} | {row['adapter_share']:.1%} | {row['batch_size']} "
+        f"| {1000 * row['cfg_seconds_per_image']:.4g} | {1000 * row['agd_seconds_per_image']:.4g} | {row['ratio']:.2f} "
+        f"| {row['ratio_limit']:.2f} |"
+        for row in found
+        if "adapter" in row
+    ]
+    lines += ["", "| | unit | the plain way | this library | ratio |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {row['what']} | {row['unit']} | {row['other_per_second']:,.0f} | {row['per_second']:,.0f} | {row['ratio']:.1f} |"
+        for row in found
+        if "what" in row
+    ]
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "tiny-dit": results_table,
     "tiny-sd21": results_table,
     "tiny-sdxl": results_table,
+    "speed": speed_table,
 }
 """How the table of each file is made."""
 

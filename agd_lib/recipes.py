@@ -186,9 +186,12 @@ def held_out_store(base: BaseModel, run: Path) -> TrajectoryStore:
 
 
 def largest_size(
-    base: BaseModel, variant: TrainingVariant, guidance_range: tuple[float, float], seed: int = 0
+    base: BaseModel, kind: str, share: float, guidance_range: tuple[float, float], seed: int = 0, **inputs: bool
 ) -> AdapterSet:
-    """Untrained adapters of the largest hidden size whose share of the base model's parameters is not above the variant's.
+    """Untrained adapters of the largest hidden size that are at most this share of the base model's parameters.
+
+    Args:
+        inputs: what they see: see :meth:`AdapterSet.create`.
 
     Raises:
         ValueError: if even the smallest are larger.
@@ -197,22 +200,21 @@ def largest_size(
     def made(size: int) -> AdapterSet:
         return AdapterSet.create(
             base,
-            variant.kind,
+            kind,
             size * step,
             guidance_range,
-            use_timestep=variant.use_timestep,
-            use_condition=variant.use_condition,
-            noise_ranges=2 if variant.kind == "modulated" else 1,
+            noise_ranges=2 if kind == "modulated" else 1,
             seed=seed,
+            **inputs,
         )
 
-    step = 2 if variant.kind == "cross-attention" else 1
-    largest, allowed = 0, variant.share * base.num_parameters()
+    step = 2 if kind == "cross-attention" else 1
+    largest, allowed = 0, share * base.num_parameters()
     for half in (2**power for power in range(9, -1, -1)):
         if made(largest + half).num_parameters() <= allowed:
             largest += half
     if largest == 0:
-        raise ValueError(f"got a share of {variant.share:.2%}, of which {variant.kind} adapters cannot be made")
+        raise ValueError(f"got a share of {share:.2%}, of which {kind} adapters cannot be made")
     return made(largest)
 
 
@@ -223,7 +225,8 @@ def train_variant(base_name: str, run: Path, variant: TrainingVariant, seed: int
     store, held_out = (
         TrajectoryStore(run / "stores" / name, check=False) for name in (variant.store_name(), "held-out")
     )
-    adapters = largest_size(base, variant, PLANS[base_name].guidance_range, seed)
+    inputs_seen = {"use_timestep": variant.use_timestep, "use_condition": variant.use_condition}
+    adapters = largest_size(base, variant.kind, variant.share, PLANS[base_name].guidance_range, seed, **inputs_seen)
     settings = replace(SETTINGS, num_steps=variant.num_steps, weighting=variant.weighting, seed=seed)
     inputs = [
         asdict(adapters.config),

@@ -168,6 +168,12 @@ def asked(scene: Scene) -> Asked:
     )
 
 
+def shown(scene: Scene) -> Asked:
+    """Everything that this scene shows, as if its caption asked for all of it."""
+    objects = tuple(AskedObject(item.shape, item.colour, item.size) for item in scene.objects)
+    return Asked(objects, scene.layout, scene.background)
+
+
 def _noun(item: AskedObject) -> str:
     words = [word for word in (item.size, item.colour, item.shape) if word is not None]
     return " ".join(["an" if words[0][0] in "aeiou" else "a", *words])
@@ -175,7 +181,11 @@ def _noun(item: AskedObject) -> str:
 
 def caption(scene: Scene) -> str:
     """The scene in words, such as ``"a large red ring left of a small star, on a dark blue background"``."""
-    wanted = asked(scene)
+    return in_words(asked(scene))
+
+
+def in_words(wanted: Asked) -> str:
+    """The caption that asks for this; :func:`read_caption` reads it back."""
     text = f" {wanted.layout or 'and'} ".join(_noun(item) for item in wanted.objects)
     if len(wanted.objects) == 1 and wanted.layout is not None:
         text = f"{text} {PLACES[wanted.layout]}"

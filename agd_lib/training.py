@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from .attach import AdapterSet
 from .base_models import BaseModel, Condition
 from .errors import CheckpointError, StoreError
-from .guidance import Scale
+from .guidance import NEGATIVE, Scale
 from .influence import influence_of
 from .sampling import sample_seed
 from .storage import lock_folder, read_json, read_tensors, sha256, write_json, write_tensors, writing
@@ -124,7 +124,7 @@ class Student(nn.Module):
 
     def forward(self, latents: Tensor, timestep: Tensor, condition: Condition, guidance_scale: Scale) -> Tensor:
         """The single-pass prediction (B, C, H, W) in float32."""
-        with self.adapters.guided_by(guidance_scale):
+        with self.adapters.guided_by(guidance_scale, condition.get(NEGATIVE)):
             return self.base.denoise(latents.to(self.base.dtype), timestep, condition).float()
 
 
@@ -272,7 +272,7 @@ def train(
     Raises:
         ValueError: if the batch cannot be shared out evenly among the processes.
         StoreError: if the store is incomplete, of another base model, or its guidance range or its number of guided
-            channels is not the adapters'.
+            channels is not the adapters', or it has negative prompts and the adapters do not see them, or the reverse.
         CheckpointError: if a checkpoint is damaged or of other settings, or the loss or a weight becomes NaN or infinite.
         FolderInUseError: if another process keeps its checkpoints in this folder.
         WriteError: if a checkpoint cannot be written.
@@ -290,6 +290,12 @@ def train(
         raise StoreError(
             f"{store.folder} was collected with {store.manifest['guided_channels']} guided channels, the adapters are made "
             f"for {adapters.config.guided_channels}: create them with guided_channels=that of the store"
+        )
+    if (NEGATIVE in store.conditions) != (adapters.config.negative_dim is not None):
+        sees = "see" if adapters.config.negative_dim is not None else "do not see"
+        raise StoreError(
+            f"{store.folder} was collected {'with' if NEGATIVE in store.conditions else 'without'} negative prompts, and the "
+            f"adapters {sees} them: create them with use_negative to match, or collect with pairs as conditions"
         )
     accelerator = accelerator or Accelerator(cpu=base.device.type == "cpu")
     if checkpoint_every < 1 or settings.batch_size % accelerator.num_processes:

@@ -48,7 +48,8 @@ class CollectionPlan:
 
     Attributes:
         num_trajectories: trajectories in all.
-        conditions: the condition of each, as ``base.encode`` takes it; trajectory i has ``conditions[i % len]``.
+        conditions: the condition of each, as ``base.encode`` takes it: a class, a prompt, or a pair of a prompt and a negative
+            one; trajectory i has ``conditions[i % len]``.
         guidance_range: w ~ U[w_min, w_max].
         num_inference_steps: steps of the sampler.
         steps_per_trajectory: recorded states per trajectory, drawn at random; ``"all"`` keeps every step (the paper).
@@ -78,10 +79,11 @@ class CollectionPlan:
             raise ValueError(f"got seed {self.seed!r}, expected a whole number of at least 0")
         if not self.conditions:
             raise ValueError("got no conditions, expected at least one class label or prompt")
-        strange = [condition for condition in self.conditions if not isinstance(condition, int | str)]
+        strange = [condition for condition in self.conditions if not _is_condition(condition)]
         if strange:
             raise ValueError(
-                f"got the condition {strange[0]!r}, expected class labels (int), or names or prompts (str)"
+                f"got the condition {strange[0]!r}, expected class labels (int), or names or prompts (str), or "
+                "pairs (tuples) of a prompt and a negative prompt"
             )
         kept = self.steps_per_trajectory
         if kept != "all" and not (isinstance(kept, int) and 1 <= kept <= self.num_inference_steps):
@@ -100,6 +102,11 @@ class CollectionPlan:
     def num_shards(self) -> int:
         """Files that the store will consist of."""
         return _ceil_div(self.num_trajectories, self.trajectories_per_shard)
+
+
+def _is_condition(value: Any) -> bool:
+    pair = value if isinstance(value, tuple) and len(value) == 2 else None
+    return isinstance(value, int | str) or (pair is not None and all(isinstance(text, str) for text in pair))
 
 
 def _ceil_div(count: int, size: int) -> int:
@@ -368,7 +375,7 @@ def _check_plan(base: BaseModel, plan: CollectionPlan) -> None:
 def _header(base: BaseModel, plan: CollectionPlan) -> dict[str, Any]:
     header = asdict(plan) | {
         "format_version": FORMAT_VERSION,
-        "conditions": list(plan.conditions),
+        "conditions": [list(each) if isinstance(each, tuple) else each for each in plan.conditions],
         "guidance_range": list(plan.guidance_range),
         "guided_channels": plan.guided_channels or base.latent_shape[0],
         "base_name": base.name if not Path(base.name).exists() else Path(base.name).name,

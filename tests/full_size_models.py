@@ -108,4 +108,6 @@ def with_random_weights(base: BaseModel) -> BaseModel:
     for tensor in [*base.denoiser.parameters(), *base.denoiser.buffers()]:
         if tensor.is_floating_point():
             tensor.data.normal_(0, 0.02, generator=generator)
-    return base_from_pipeline(base.pipeline, f"{base.name}, random weights")
+    random = base_from_pipeline(base.pipeline, f"{base.name}, random weights")
+    random.null_condition = random.blank_condition  # type: ignore[method-assign]  # there may be no text encoder
+    return random

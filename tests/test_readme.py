@@ -175,3 +175,10 @@ def test_a_damaged_file_of_results_is_named(tmp_path: Path) -> None:
     (tmp_path / "results" / "tiny-dit.json").write_text(json.dumps({"rows": []}))
     with pytest.raises(ReadmeError, match=r"tiny-dit\.json is not what results_table reads"):
         with_tables(every_table(""), tmp_path / "results")
+
+
+def test_damaged_benchmarks_are_named(tmp_path: Path) -> None:
+    shutil.copytree(DATA / "results", tmp_path / "results")
+    (tmp_path / "results" / "speed.json").write_text(json.dumps({"machine_info": {}, "benchmarks": []}))
+    with pytest.raises(ReadmeError, match=r"speed\.json is not what speed_table reads"):
+        with_tables(every_table(""), tmp_path / "results")

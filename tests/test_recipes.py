@@ -58,7 +58,8 @@ def test_every_variant_can_be_made_and_keeps_within_its_share(name: str) -> None
     for variants in ABLATIONS.values():
         assert len(set(variants)) == len(variants)
         for variant in variants:
-            adapters = largest_size(base, variant, (1.0, 6.0))
+            inputs = {"use_timestep": variant.use_timestep, "use_condition": variant.use_condition}
+            adapters = largest_size(base, variant.kind, variant.share, (1.0, 6.0), **inputs)
             share = adapters.num_parameters() / base.num_parameters()
             assert 0.75 * variant.share < share <= variant.share, variant
             assert (adapters.config.timestep_dim is not None) == variant.use_timestep
@@ -68,7 +69,7 @@ def test_every_variant_can_be_made_and_keeps_within_its_share(name: str) -> None
 
 def test_a_share_that_no_adapters_have_is_refused() -> None:
     with pytest.raises(ValueError, match=r"0\.01%.*offset"):
-        largest_size(load_base("tiny-dit"), replace(SMALL, share=1e-4), (1.0, 6.0))
+        largest_size(load_base("tiny-dit"), SMALL.kind, 1e-4, (1.0, 6.0))
 
 
 def test_the_states_are_those_of_the_variant(run: Path) -> None:

@@ -113,7 +113,9 @@ def test_tiny_dit(benchmark: Any, comparisons: Comparisons, tiny: BaseModel, kin
 def test_two_steps_at_full_size(
     benchmark: Any, comparisons: Comparisons, base_on_meta: Callable[[], BaseModel], kind: str, hidden_size: int
 ) -> None:
-    """The paper's base models in all but their weights, which are random: at most 11 GB."""
-    base = with_random_weights(base_on_meta())
+    """The paper's base models in all but their weights, which are random: at most 11 GB. The UNets' images have 512 pixels."""
+    base = base_on_meta()
+    base.denoiser.register_to_config(sample_size=min(64, base.denoiser.config.sample_size))
+    base = with_random_weights(base)
     adapters = AdapterSet.create(base, kind, hidden_size)
     compare(benchmark, comparisons, base, adapters, batch_size=1, rounds=3, num_steps=2)
