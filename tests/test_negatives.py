@@ -93,7 +93,7 @@ def test_the_second_pass_is_told_the_sizes_of_the_first(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("strange", [("red", "hat", "cat"), ("red", 3), ("red",), ["red", "hat"]], ids=str)
 def test_what_is_no_pair_is_refused(base: StableDiffusionBase, strange: Any) -> None:
-    with pytest.raises(ValueError, match="expected a text.* or a pair of texts"):
+    with pytest.raises(ValueError, match=r"expected a text.* or a pair of texts"):
         base.encode([strange])
 
 
@@ -136,7 +136,7 @@ def test_what_a_run_computes_ahead_is_what_single_passes_compute(base: StableDif
 
 def test_adapters_that_do_not_see_them_refuse_them(base: StableDiffusionBase) -> None:
     adapters = new(base, use_negative=False).attach(base)
-    with pytest.raises(AdapterError, match="got negative prompts, and these adapters do not see them.*use_negative"):
+    with pytest.raises(AdapterError, match=r"got negative prompts, and these adapters do not see them.*use_negative"):
         final(base, AGD(adapters, 4.0), PAIRS)
 
 
