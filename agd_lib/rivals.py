@@ -114,8 +114,10 @@ class Rival(nn.Module):
             raise AdapterError(f"{self.name} students are trained without gradient checkpointing only")
 
     @contextmanager
-    def guided_by(self, scale: Scale) -> Iterator[Rival]:
+    def guided_by(self, scale: Scale, negative: Tensor | None = None) -> Iterator[Rival]:
         """Inside the block every forward pass of the base model is guided at this scale, a number or one for each sample."""
+        if negative is not None:
+            raise AdapterError(f"{self.name} students do not see negative prompts: leave them out")
         before, self._scale = self._scale, scale
         try:
             yield self
