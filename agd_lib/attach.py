@@ -142,7 +142,8 @@ class AdapterSet(nn.Module):
         self.shared = SharedCode(sizes) if ADAPTERS[config.kind].shares_code else None
         self.enabled = True
         self._scale: Scale | None = None
-        self._negative: Tensor | None = None
+        self._negative: Tensor | None = None  # (B, L, D)
+        self._nothing: Tensor | None = None  # (1, L, D), of the null condition
         self._base: BaseModel | None = None
         self._handles: list[Any] = []
         self._call: tuple[Tensor, Condition] | None = None  # of a forward pass that has not reached its blocks
@@ -183,8 +184,8 @@ class AdapterSet(nn.Module):
 
         Raises:
             ValueError: for an unknown kind, a hidden size or a number of noise ranges below 1, several noise ranges for
-                a kind other than modulated, a guidance range out of order, or modulated adapters for a text-to-image
-                model that are not to see the prompt, which is what they shift.
+                a kind other than modulated, a guidance range out of order, modulated adapters for a text-to-image
+                model that are not to see the prompt, which is what they shift, or negative prompts of a model without any.
         """
         check_guidance_range(guidance_range)
         if not _is_size(hidden_size):
@@ -262,7 +263,8 @@ class AdapterSet(nn.Module):
         previous = _attached[base.denoiser]() if base.denoiser in _attached else None
         if previous is self:
             return self
-        if base.name == self.config.base_name and base.fingerprint() not in ("meta", self.config.base_fingerprint):
+        untellable = ("meta", "incomplete")
+        if base.name == self.config.base_name and base.fingerprint() not in (*untellable, self.config.base_fingerprint):
             warnings.warn(
                 f"these adapters were trained on a {base.name} with other weights (fingerprint "
                 f"{self.config.base_fingerprint}, here {base.fingerprint()}): expect worse images, or train them again",
@@ -375,11 +377,14 @@ class AdapterSet(nn.Module):
         """
         if self._base is None:
             raise AdapterError("these adapters are on no base model: call attach(base) first")
-        if negative is not None and self.config.negative_dim is None:
+        if negative is not None and self.config.negative_dim is None and self.enabled:
             raise AdapterError(
                 "got negative prompts, and these adapters do not see them: leave them out, guide by CFG, or train adapters "
                 "with use_negative=True"
             )
+        if negative is None and self.config.negative_dim is not None and self.enabled:
+            nothing = self._base.blank_condition if self._base.device.type == "meta" else self._base.null_condition
+            self._nothing = nothing(1)["encoder_hidden_states"]
         before = self._scale, self._negative
         self._scale, self._negative = scale, negative
         try:
@@ -406,10 +411,10 @@ class AdapterSet(nn.Module):
             self._call = timestep, condition
 
     def _negative_tokens(self, batch_size: int) -> Tensor:
-        """Of the negative prompts; of the empty one where there are none."""
-        assert self._base is not None
+        """Of the negative prompts; of the null condition where there are none."""
         if self._negative is None:
-            return self._base.null_condition(batch_size)["encoder_hidden_states"]
+            assert self._nothing is not None
+            return self._nothing.expand(batch_size, -1, -1)
         if len(self._negative) != batch_size:
             raise ValueError(
                 f"got {len(self._negative)} negative prompts for {batch_size} samples, expected one for each"
@@ -425,6 +430,8 @@ class AdapterSet(nn.Module):
             return
         assert self._base is not None
         (timestep, condition), self._call = self._call, None
+        if NEGATIVE in condition:  # the base model's own conditions are there already
+            condition = condition | {NEGATIVE: condition[NEGATIVE].to(timestep.device)}
         if next(self.parameters()).device != timestep.device:
             self.to(timestep.device)
         one_for_all = len(timestep) == 1 or timestep.stride() == (0,)

@@ -289,7 +289,16 @@ class BaseModel(ABC):
 
     @contextmanager
     def _on_device(self, *models: Any) -> Iterator[None]:
-        """The text encoders or the autoencoder on the denoiser's device inside the block, then where they were."""
+        """The text encoders or the autoencoder on the denoiser's device inside the block, then where they were.
+
+        Raises:
+            BaseModelError: if the denoiser is offloaded: on its device, meta, they would lose their weights.
+        """
+        if self.device.type == "meta" and any(model.device.type != "meta" for model in models):
+            raise BaseModelError(
+                f"the denoiser of {self.name} is offloaded, so its device is not to be known: call the pipeline itself, with "
+                "load_agd, or load the model without offloading"
+            )
         moved = [(model, model.device) for model in models if model.device != self.device]
         for model, _ in moved:
             model.to(self.device)
@@ -453,7 +462,8 @@ class StableDiffusionBase(BaseModel):
 
         They are encoded in groups of 32, so that memory does not grow with their number beyond the result. A prompt may be
         empty; of one that is too long for the text encoder the end is cut off, with a warning. An empty negative prompt is
-        none: its place takes the null condition's. So it is with prompts without one, where others have one.
+        none: its place takes the null condition. So it is with prompts without one, where others have one. (diffusers'
+        SDXL encodes an empty text in a list of negative prompts, and has zeros only where there is no list.)
 
         Raises:
             ValueError: if there is no prompt, or one is neither a str nor a pair (tuple) of two.
@@ -461,11 +471,11 @@ class StableDiffusionBase(BaseModel):
         if isinstance(conditions, str) or not conditions:
             raise ValueError(f"got the prompts {conditions!r}, expected a list of at least one, such as ['a red cube']")
         pairs = [condition if isinstance(condition, tuple) else (condition, "") for condition in conditions]
-        for pair in pairs:
+        for given, pair in zip(conditions, pairs):
             if len(pair) != 2 or not all(isinstance(text, str) for text in pair):
                 raise ValueError(
-                    f"got the prompt {pair if len(pair) != 2 else pair[0]!r}, expected a text (str) such as 'a red cube', or '', "
-                    "or a pair of texts: a prompt and a negative prompt"
+                    f"got the prompt {given!r}, expected a text (str) such as 'a red cube', or '', or a pair of texts: a "
+                    "prompt and a negative prompt"
                 )
         prompts, negatives = map(list, zip(*pairs))
         encoded = self._encode_all(prompts)
@@ -474,7 +484,7 @@ class StableDiffusionBase(BaseModel):
         return encoded
 
     def _encode_negatives(self, negatives: list[str]) -> Condition:
-        """What :meth:`unconditional` reads: of empty ones the null condition's."""
+        """What :meth:`unconditional` reads; of empty ones the null condition's."""
         encoded, null = self._encode_all(negatives), self.null_condition(len(negatives))
         empty = torch.tensor([not negative for negative in negatives], device=self.device)
         return {
@@ -493,16 +503,42 @@ class StableDiffusionBase(BaseModel):
         tokens, _ = self.pipeline.encode_prompt(prompts, self.device, 1, do_classifier_free_guidance=False)
         return {"encoder_hidden_states": tokens}
 
+    @torch.no_grad()
+    def negative_tokens(self, negatives: list[str]) -> Tensor:
+        """The tokens of negative prompts, (B, L, D), encoded where the pipeline itself would, offloaded or not.
+
+        Of empty ones those of the null condition.
+
+        Raises:
+            BaseModelError: if the pipeline has no text encoder.
+        """
+        if any(encoder is None for encoder in self._all_text_encoders()):
+            raise BaseModelError(
+                f"{self.name} has no text encoder to encode a negative prompt with, not even the empty one: give "
+                "negative_prompt_embeds, (B, L, D)"
+            )
+        device = self.pipeline._execution_device
+        tokens: Tensor = self.pipeline.encode_prompt(
+            negatives, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )[0]
+        if getattr(self.pipeline.config, "force_zeros_for_empty_prompt", False):
+            tokens = tokens * torch.tensor([[[bool(negative)]] for negative in negatives], device=tokens.device)
+        return tokens
+
     def _tokenizers(self) -> list[Any]:
         return [self.pipeline.tokenizer]
 
-    def _text_encoders(self) -> list[nn.Module]:
-        return self._present(self.pipeline.text_encoder)
+    def _all_text_encoders(self) -> list[nn.Module | None]:
+        """None in the place of one that the pipeline was loaded without, for prompts that are encoded elsewhere."""
+        return [self.pipeline.text_encoder]
 
-    @staticmethod
-    def _present(*encoders: nn.Module | None) -> list[nn.Module]:
-        """Without those that a pipeline was loaded without, for prompts that are encoded elsewhere."""
-        return [encoder for encoder in encoders if encoder is not None]
+    def _text_encoders(self) -> list[nn.Module]:
+        return [encoder for encoder in self._all_text_encoders() if encoder is not None]
+
+    def fingerprint(self) -> str:
+        """See :meth:`BaseModel.fingerprint`; of a pipeline that lacks a text encoder: ``"incomplete"``."""
+        told_apart = self.device.type == "meta" or None not in self._all_text_encoders()
+        return super().fingerprint() if told_apart else "incomplete"
 
     def decoder_fingerprint(self) -> str | None:
         """See :meth:`BaseModel.decoder_fingerprint`; text-to-image models are used with autoencoders of others."""
@@ -656,8 +692,8 @@ class StableDiffusionXLBase(StableDiffusionBase):
     def _tokenizers(self) -> list[Any]:
         return [self.pipeline.tokenizer, self.pipeline.tokenizer_2]
 
-    def _text_encoders(self) -> list[nn.Module]:
-        return self._present(self.pipeline.text_encoder, self.pipeline.text_encoder_2)
+    def _all_text_encoders(self) -> list[nn.Module | None]:
+        return [self.pipeline.text_encoder, self.pipeline.text_encoder_2]
 
     def _encode_null(self) -> Condition:
         """The empty prompt; zeros in its place where the pipeline says so, as SDXL's does."""

@@ -44,7 +44,7 @@ from torch import Tensor
 from .attach import AdapterSet
 from .base_models import BaseModel, DiTBase, SamplingRun, StableDiffusionBase, StableDiffusionXLBase
 from .errors import BaseModelError
-from .guidance import NEGATIVE, Scale, scale_at, warn_if_untrained
+from .guidance import Scale, scale_at, warn_if_untrained
 
 PIPELINES: dict[Any, type[DiTBase | StableDiffusionBase]] = {
     DiTPipeline: DiTBase,
@@ -70,8 +70,8 @@ def load_agd(pipeline: Any, adapters: str | Path | AdapterSet) -> LoadedAdapters
     a call warns.
 
     What only a second pass can do is refused, by a ``ValueError``: negative prompts (empty ones are fine; adapters that were
-    trained to see negative prompts take ``negative_prompt``) and ``guidance_rescale``; so are scales that are negative, not finite, or not one per prompt. What cannot be told apart
-    is not refused: ``ip_adapter_image_embeds`` must come without the negative half that two passes need, and a callback
+    trained to see negative prompts take ``negative_prompt`` or ``negative_prompt_embeds``) and ``guidance_rescale``; so are
+    scales that are negative, not finite, or not one per prompt. What cannot be told apart is not refused: ``ip_adapter_image_embeds`` must come without the negative half that two passes need, and a callback
     cannot change the guidance by ``_guidance_scale`` (a schedule can).
 
     Args:
@@ -177,18 +177,25 @@ def _base_of(pipeline: Any) -> BaseModel:
     )
 
 
-def _take_negative_prompts(arguments: dict[str, Any], base: BaseModel) -> Tensor | None:
-    """The tokens of a call's negative prompts, (B, L, D), which are taken out of the call; None if it has none."""
-    given = arguments.get("negative_prompt")
-    if given is None or not _says_something(given, None):
-        return None
-    prompts = [given] * _num_prompts(arguments) if isinstance(given, str) else list(given)
-    if len(prompts) != _num_prompts(arguments):
-        raise ValueError(
-            f"got {len(prompts)} negative prompts for {_num_prompts(arguments)} prompts, expected one for each"
-        )
-    arguments["negative_prompt"] = None
-    tokens = base.encode([("", prompt or "") for prompt in prompts])[NEGATIVE]
+def _take_negative_prompts(arguments: dict[str, Any], base: BaseModel) -> Tensor:
+    """The tokens of a call's negative prompts, (B, L, D), which are taken out of the call; where it has none, of empty ones.
+
+    The adapters do not see a pooled embedding, so that of negative prompts is taken out too.
+    """
+    assert isinstance(base, StableDiffusionBase)
+    count, given = _num_prompts(arguments), arguments.get("negative_prompt") or ""
+    tokens: Tensor | None = arguments.get("negative_prompt_embeds")
+    if tokens is None:
+        prompts = [given] * count if isinstance(given, str) else [prompt or "" for prompt in given]
+        if len(prompts) != count:
+            raise ValueError(f"got {len(prompts)} negative prompts for {count} prompts, expected one for each")
+        tokens = base.negative_tokens(prompts)
+    elif given:
+        raise ValueError("got negative_prompt and negative_prompt_embeds, expected one of them")
+    elif len(tokens) != count:
+        raise ValueError(f"got negative_prompt_embeds of {len(tokens)} prompts, expected {count}")
+    taken = ("negative_prompt", "negative_prompt_embeds", "negative_pooled_prompt_embeds")
+    arguments |= {name: None for name in taken if name in arguments}
     return tokens.repeat_interleave(arguments.get("num_images_per_prompt") or 1, dim=0)
 
 
@@ -211,8 +218,8 @@ def _refuse_what_takes_two_passes(arguments: Mapping[str, Any], signature: inspe
     if given:
         raise ValueError(
             f"got {', '.join(given)}, expected none: the adapters guide in one forward pass, which has no negative "
-            "(unconditional) branch. Leave it out, or let the pipeline make its two passes: "
-            "with pipe.agd.disabled(): pipe(...)"
+            "(unconditional) branch; some are trained to see negative_prompt, nothing else. Leave it out, or let the pipeline "
+            "make its two passes: with pipe.agd.disabled(): pipe(...)"
         )
 
 

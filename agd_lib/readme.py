@@ -100,7 +100,6 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "tiny-sd21": results_table,
     "tiny-sdxl": results_table,
     "speed": speed_table,
-    "growth": growth_table,
 }
 """How the table of each file is made."""
 
@@ -124,7 +123,7 @@ def with_tables(readme: str, results: Path = RESULTS) -> str:
         path = results / f"{name}.json"
         try:
             text = table(path)
-        except (KeyError, TypeError, IndexError) as error:
+        except (KeyError, TypeError, IndexError, ValueError) as error:
             raise ReadmeError(f"{path} is not what {table.__name__} reads: {error!r}") from error
         readme = f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}"
     return readme

@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiTPipeline, StableDiffusionPipeline
 from small_models import randomise
 from small_text_models import build_sd_pipeline, build_sdxl_pipeline
+from test_dropin import build, run, trained
 from torch import Tensor
 
 from agd_lib import AGD, CFG, AdapterSet, CollectionPlan, TrainingSettings, Unguided, collect, load_agd, sample, train
 from agd_lib.adapters import ADAPTERS
 from agd_lib.attributes import Reading
-from agd_lib.base_models import StableDiffusionBase, StableDiffusionXLBase, base_from_pipeline, count_forwards
-from agd_lib.errors import AdapterError, AGDError, StoreError
+from agd_lib.base_models import (
+    StableDiffusionBase,
+    StableDiffusionXLBase,
+    base_from_pipeline,
+    count_flops,
+    count_forwards,
+)
+from agd_lib.dropin import PIPELINES
+from agd_lib.errors import AdapterError, AGDError, BaseModelError, StoreError
 from agd_lib.guidance import NEGATIVE
 from agd_lib.influence import influence_of
 from agd_lib.negatives import NegativeRow, left_open, negatives_table, read_negatives, shows, training_pairs
@@ -211,8 +221,76 @@ def test_a_pipelines_negative_prompt_reaches_the_adapters(base: StableDiffusionB
     torch.testing.assert_close(four[[0, 2]], expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="got 1 negative prompts for 2 prompts"):
         drawn(negative_prompt=["on"])
-    with pytest.raises(ValueError, match="negative_prompt_embeds, expected none"):
-        drawn(negative_prompt_embeds=torch.zeros(2, 12, 12))
+    tokens = base.encode(PAIRS)[NEGATIVE]
+    assert torch.equal(drawn(negative_prompt_embeds=tokens), expected)
+    with pytest.raises(ValueError, match="got negative_prompt_embeds of 1 prompts, expected 2"):
+        drawn(negative_prompt_embeds=tokens[:1])
+    with pytest.raises(ValueError, match="expected one of them"):
+        drawn(negative_prompt="on", negative_prompt_embeds=tokens)
+    with pytest.raises(ValueError, match="guidance_rescale, expected none"):
+        drawn(negative_prompt="on", guidance_rescale=0.5)
+    with pipe.agd.disabled(), count_forwards(base) as meter:
+        drawn(negative_prompt=NEGATIVES)
+    assert meter.nfe(2) == 8  # the pipeline's own two passes
+
+
+@pytest.mark.parametrize("kind", [k for k in PIPELINES if k is not DiTPipeline], ids=lambda kind: kind.__name__)
+def test_every_pipeline_takes_negative_prompts(kind: Any, tmp_path: Path) -> None:
+    pipe = build(kind, tmp_path)
+    plain = run(pipe, 1.0)
+    load_agd(pipe, trained(pipe, "modulated", use_negative=True))
+    nothing, something = run(pipe, 4.0), run(pipe, 4.0, negative_prompt=["hat", "a red"])
+    assert not torch.equal(nothing, plain)
+    assert torch.equal(run(pipe, 4.0, negative_prompt=["", ""]), nothing)
+    assert (something - nothing).flatten(1).std(dim=1).min() > 1e-4
+    pipe.agd.unload()
+    assert torch.equal(run(pipe, 1.0), plain)
+
+
+@pytest.mark.parametrize("what", ["the denoiser", "everything"])
+def test_offloaded_pipelines_take_negative_prompts(what: str, tmp_path: Path) -> None:
+    """accelerate keeps the weights elsewhere and brings them in for each call; the text encoder comes to no harm."""
+    pipe = build_sd_pipeline(tmp_path)
+    adapters = AdapterSet.create(base_from_pipeline(pipe), "modulated", 8, (1.0, 8.0), use_negative=True)
+    randomise(adapters, 7)
+    load_agd(pipe, adapters)
+    call: dict[str, Any] = {"guidance_scale": 4.0, "num_inference_steps": 2, "output_type": "latent"}
+
+    def drawn(**changes: Any) -> Tensor:
+        images: Tensor = pipe(PROMPTS, generator=noise_generators([0, 1]), **call | changes).images
+        return images
+
+    expected = [drawn(), drawn(negative_prompt=NEGATIVES)]
+    for part in [pipe.unet] if what == "the denoiser" else [pipe.unet, pipe.text_encoder, pipe.vae]:
+        accelerate.cpu_offload(part, torch.device("cpu"))
+    torch.testing.assert_close([drawn(), drawn(negative_prompt=NEGATIVES)], expected)
+    if what == "the denoiser":
+        assert pipe.text_encoder.device.type == "cpu"
+        with pytest.raises(BaseModelError, match="is offloaded"):
+            base_from_pipeline(pipe).encode(PROMPTS)
+
+
+def test_the_empty_negative_prompt_is_encoded_once_for_a_block(base: StableDiffusionBase) -> None:
+    """Not at every pass, where it would also be counted among the adapters' operations."""
+    adapters, condition = new(base).attach(base), base.encode(PROMPTS)
+    calls = []
+    handle = base.pipeline.text_encoder.register_forward_hook(lambda *_: calls.append(1))
+    with adapters.guided_by(4.0), torch.no_grad():
+        for timestep in (10, 500, 900):
+            base.denoise(torch.randn(2, *base.latent_shape), timestep, condition)
+    assert len(calls) == 1
+    handle.remove()
+    adapters.remove()
+    plain = count_flops(base)
+    with adapters.attach(base).guided_by(4.0):
+        assert 1 < count_flops(base) / plain < 1.6
+
+
+def test_disabled_adapters_refuse_nothing(base: StableDiffusionBase) -> None:
+    adapters = new(base, use_negative=False).attach(base)
+    expected = final(base, Unguided(), PROMPTS)
+    with adapters.disabled():
+        assert torch.equal(final(base, AGD(adapters, 4.0), PAIRS), expected)
 
 
 def test_a_pipeline_without_text_encoder_takes_adapters(tmp_path: Path) -> None:
@@ -227,8 +305,21 @@ def test_a_pipeline_without_text_encoder_takes_adapters(tmp_path: Path) -> None:
     parts = whole.components | {"text_encoder": None, "tokenizer": None}
     bare = StableDiffusionPipeline(**parts, requires_safety_checker=False)
     load_agd(bare, adapters)
-    assert torch.equal(bare(prompt_embeds=tokens, generator=noise_generators([0, 1]), **call).images, expected)
-    assert len(base_from_pipeline(bare, "small").fingerprint()) == 32
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # such as that they were trained on other weights
+        assert torch.equal(bare(prompt_embeds=tokens, generator=noise_generators([0, 1]), **call).images, expected)
+        adapters.attach(base_from_pipeline(bare, "small")).remove()
+    seeing = AdapterSet.create(base_from_pipeline(whole, "small"), "modulated", 8, (1.0, 8.0), use_negative=True)
+    load_agd(bare, seeing)
+    with pytest.raises(BaseModelError, match=r"has no text encoder.*negative_prompt_embeds"):
+        bare(prompt_embeds=tokens, **call)
+    told = bare(prompt_embeds=tokens, negative_prompt_embeds=tokens.flip(0), generator=noise_generators([0, 1]), **call)
+    assert torch.isfinite(told.images).all()
+
+
+def test_a_class_conditional_model_has_no_negative_prompts(dit_base: Any) -> None:
+    with pytest.raises(ValueError, match=r"use_negative.*expected a text-to-image model"):
+        AdapterSet.create(dit_base, "offset", 4, use_negative=True)
 
 
 # The study --------------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from agd_lib.adapters import ADAPTERS
 from agd_lib.attributes import AttributeFeatures
 from agd_lib.base_models import BaseModel
 from agd_lib.extractor import load_local, weights_hash
+from agd_lib.negatives import negatives_table, read_negatives
 from agd_lib.project import DATA
 from agd_lib.results import best_scale, summarise
 from agd_lib.study import read_study
@@ -41,7 +42,8 @@ def test_adapters_were_trained_on_the_base_beside_them_and_are_small(base: BaseM
     for folder in (DATA / base.name / "adapters").glob("*"):
         adapters = AdapterSet.from_pretrained(folder)
         assert adapters.config.base_fingerprint == base.fingerprint(), folder.name
-        assert adapters.config.kind == folder.name
+        sees_negative = adapters.config.negative_dim is not None
+        assert adapters.config.kind + ("-negative" if sees_negative else "") == folder.name
         assert 0.01 <= adapters.num_parameters() / base.num_parameters() <= 0.05
 
 
@@ -76,6 +78,15 @@ def test_tables_are_of_these_models(name: str) -> None:
         assert {row.adapter_parameters for row in rows if row.adapter == kind} == {shipped.num_parameters()}
         card = (DATA / base.name / "adapters" / kind / "README.md").read_text(encoding="utf-8")
         assert all(f"in the features of {row.extractor}, not an FID" in card for row in rows)
+
+
+def test_the_table_of_negative_prompts_is_of_the_shipped_adapters() -> None:
+    for path in DATA.glob("*/adapters/*-negative"):
+        rows = read_negatives(DATA / "results" / f"{path.parents[1].name}-negatives.json")
+        shipped = AdapterSet.from_pretrained(path)
+        mine = [row for row in rows if row.adapter in (None, shipped.config.kind)]
+        assert {row.adapter_parameters for row in mine} == {None, shipped.num_parameters()}
+        assert negatives_table(mine) in (path / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("path", sorted(DATA.rglob("*.json")), ids=lambda path: path.relative_to(DATA).as_posix())
