@@ -11,7 +11,9 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from .ablations import interval_table, read_ablation
 from .errors import AGDError
+from .negatives import TABLE_NOTE, negatives_table, read_negatives
 from .project import DATA, ROOT, display_path
 from .results import markdown_table
 from .storage import read_json, writing
@@ -95,10 +97,33 @@ def growth_table(path: Path) -> str:
     return "\n".join(lines)
 
 
+def intervals_table(path: Path) -> str:
+    """What guidance in an interval of noise levels gains (:mod:`agd_lib.ablations`)."""
+    about, rows = read_json(path, ReadmeError, "study"), read_ablation(path)
+    row = rows[0].row
+    return (
+        f"{row.base}, {len({each.row.seed for each in rows})} seeds of {row.n:,} images; `{about['command']}`, kept in "
+        f"[`{display_path(path)}`]({display_path(path)}).\n\n{interval_table(rows)}"
+    )
+
+
+def negative_prompts_table(path: Path) -> str:
+    """What a study of negative prompts measured (:mod:`agd_lib.negatives`)."""
+    about, rows = read_json(path, ReadmeError, "study"), read_negatives(path)
+    return (
+        f"{rows[0].base}, {rows[0].steps} sampler steps, {len({row.seed for row in rows})} seeds of "
+        f"{min(row.n for row in rows)} to {max(row.n for row in rows)} prompts. {TABLE_NOTE} Source: `{about['command']}`, kept in "
+        f"[`{display_path(path)}`]({display_path(path)}).\n\n{negatives_table(rows)}"
+    )
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "tiny-dit": results_table,
     "tiny-sd21": results_table,
     "tiny-sdxl": results_table,
+    "tiny-dit-interval": intervals_table,
+    "tiny-sd21-interval": intervals_table,
+    "tiny-sd21-negatives": negative_prompts_table,
     "speed": speed_table,
 }
 """How the table of each file is made."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,20 @@ from diffusers import DPMSolverMultistepScheduler
 from safetensors.torch import load_file
 
 from agd_lib import CFG, GuidanceInterval, load_base
-from agd_lib.ablations import ABLATIONS, SAMPLERS, Variant, VariantRow, _units, measure, read_ablation, write_ablation
+from agd_lib.ablations import (
+    ABLATIONS,
+    SAMPLERS,
+    Variant,
+    VariantRow,
+    _units,
+    interval_table,
+    measure,
+    read_ablation,
+    write_ablation,
+)
 from agd_lib.errors import AGDError
+from agd_lib.project import DATA
+from agd_lib.results import ResultsError
 from agd_lib.sampling import generate
 from agd_lib.storage import read_json, write_json
 from agd_lib.study import PLANS
@@ -83,3 +96,23 @@ def test_the_schedule_is_the_scale_inside_and_one_outside() -> None:
     schedule = Variant(3.0, (200, 800)).schedule()
     assert schedule == GuidanceInterval(3.0, 200, 800)
     assert Variant(3.0).schedule() == 3.0
+
+
+def test_the_table_of_intervals_has_the_best_scale_of_each() -> None:
+    def row(method: str, interval: tuple[int, int] | None, scale: float, seed: int, fd: float) -> VariantRow:
+        known = read_ablation(DATA / "results" / "tiny-dit-interval.json")[0].row
+        kind = "modulated" if method == "agd" else None
+        changed = replace(known, guidance=method, adapter=kind, scale=scale, seed=seed, fd=fd, nfe=20.0)
+        return VariantRow(Variant(scale, interval), changed)
+
+    rows = [row("cfg", None, 2.0, seed, 2.0) for seed in (0, 1)]
+    rows += [row("cfg", None, 3.0, 0, 1.9), row("cfg", None, 3.0, 1, 2.5)]
+    rows += [row("agd", (0, 600), 2.0, seed, fd) for seed, fd in ((0, 1.7), (1, 1.9))]
+    rows += [row("agd", (0, 600), 4.0, seed, 1.85) for seed in (0, 1)]
+    lines = interval_table(rows).splitlines()[2:]
+    assert [line.split(" | ")[:6] for line in lines] == [
+        ["| agd modulated", "0 to 600", "2", "20", "1.800 ± 0.141", "-10.0%"],
+        ["| cfg", "everywhere", "2", "20", "2.000 ± 0.000", "+0.0%"],
+    ]
+    with pytest.raises(ResultsError, match="no rows of CFG without an interval"):
+        interval_table(rows[4:])
