@@ -303,7 +303,7 @@ def equal_steps(competitors: Sequence[Entrant], steps: int) -> dict[str, int]:
 def rates(name: str) -> tuple[TrainingSettings, ...]:
     """The settings that are tried for a student: three learning rates."""
     if name == "fine-tuned":  # Muon is for small updates from zero; whole models are fine-tuned with Adam
-        return tuple(replace(SETTINGS, optimizer="adam", learning_rate=rate) for rate in (2.5e-4, 5e-4, 1e-3))
+        return tuple(replace(SETTINGS, optimizer="adam", learning_rate=rate) for rate in (1.25e-4, 2.5e-4, 5e-4))
     return tuple(replace(SETTINGS, learning_rate=rate) for rate in (2.5e-3, 5e-3, 1e-2))
 
 
