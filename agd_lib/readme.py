@@ -16,6 +16,7 @@ from .errors import AGDError
 from .negatives import TABLE_NOTE, negatives_table, read_negatives
 from .project import DATA, ROOT, display_path
 from .results import markdown_table
+from .rivals import comparison_table, read_comparison
 from .storage import read_json, writing
 from .study import read_study
 
@@ -107,6 +108,19 @@ def intervals_table(path: Path) -> str:
     )
 
 
+def rivals_table(path: Path) -> str:
+    """Other ways to one pass beside AGD's adapters (:mod:`agd_lib.rivals`)."""
+    about, (outcomes, others) = read_json(path, ReadmeError, "study"), read_comparison(path)
+    row, rates = others[0], {each.row.adapter: each.settings.learning_rate for each in outcomes}
+    chosen = ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
+    return (
+        f"{Path(row.base).name}, {row.steps} sampler steps, mean ± standard deviation over {len({each.seed for each in others})} seeds "
+        f"of {row.n:,} images; each student {min(each.operations for each in outcomes):.3g} operations of training, with the best of "
+        f"three learning rates ({chosen}). `{about['command']}`, kept in [`{display_path(path)}`]({display_path(path)}).\n\n"
+        f"{comparison_table(outcomes, others)}"
+    )
+
+
 def negative_prompts_table(path: Path) -> str:
     """What a study of negative prompts measured (:mod:`agd_lib.negatives`)."""
     about, rows = read_json(path, ReadmeError, "study"), read_negatives(path)
@@ -121,6 +135,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "tiny-dit": results_table,
     "tiny-sd21": results_table,
     "tiny-sdxl": results_table,
+    "tiny-dit-rivals": rivals_table,
     "tiny-dit-interval": intervals_table,
     "tiny-sd21-interval": intervals_table,
     "tiny-sd21-negatives": negative_prompts_table,
