@@ -289,16 +289,7 @@ class BaseModel(ABC):
 
     @contextmanager
     def _on_device(self, *models: Any) -> Iterator[None]:
-        """The text encoders or the autoencoder on the denoiser's device inside the block, then where they were.
-
-        Raises:
-            BaseModelError: if the denoiser is offloaded: on its device, meta, they would lose their weights.
-        """
-        if self.device.type == "meta" and any(model.device.type != "meta" for model in models):
-            raise BaseModelError(
-                f"the denoiser of {self.name} is offloaded, so its device is not to be known: call the pipeline itself, with "
-                "load_agd, or load the model without offloading"
-            )
+        """The text encoders or the autoencoder on the denoiser's device inside the block, then where they were."""
         moved = [(model, model.device) for model in models if model.device != self.device]
         for model, _ in moved:
             model.to(self.device)
@@ -467,6 +458,7 @@ class StableDiffusionBase(BaseModel):
 
         Raises:
             ValueError: if there is no prompt, or one is neither a str nor a pair (tuple) of two.
+            BaseModelError: if the denoiser is offloaded by accelerate, and the text encoders are not.
         """
         if isinstance(conditions, str) or not conditions:
             raise ValueError(f"got the prompts {conditions!r}, expected a list of at least one, such as ['a red cube']")
@@ -493,6 +485,11 @@ class StableDiffusionBase(BaseModel):
         }
 
     def _encode_all(self, prompts: list[str]) -> Condition:
+        if self.device.type == "meta" and any(encoder.device.type != "meta" for encoder in self._text_encoders()):
+            raise BaseModelError(  # there the text encoders would lose their weights
+                f"the denoiser of {self.name} is offloaded, so its device is not to be known: call the pipeline itself, with "
+                "load_agd, or load the model without offloading"
+            )
         self._warn_of_cut_prompts(prompts)
         starts = range(0, len(prompts), self.PROMPTS_AT_ONCE)
         with _quiet_diffusers(), self._on_device(*self._text_encoders()):

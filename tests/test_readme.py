@@ -165,8 +165,8 @@ def test_a_readme_without_a_place_for_a_table_is_refused(harm: str) -> None:
 
 
 def test_what_stood_in_a_table_is_replaced_and_what_stands_around_it_stays() -> None:
-    renewed = with_tables(f"before {every_table('old')} after")
-    assert renewed.startswith("before ") and renewed.endswith(" after") and "old" not in renewed
+    renewed = with_tables(f"before {every_table('OUTDATED')} after")
+    assert renewed.startswith("before ") and renewed.endswith(" after") and "OUTDATED" not in renewed
     assert with_tables(renewed) == renewed
 
 
