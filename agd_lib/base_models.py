@@ -485,7 +485,9 @@ class StableDiffusionBase(BaseModel):
         }
 
     def _encode_all(self, prompts: list[str]) -> Condition:
-        if self.device.type == "meta" and any(encoder.device.type != "meta" for encoder in self._text_encoders()):
+        if self.device.type == "meta" and any(
+            next(encoder.parameters()).device.type != "meta" for encoder in self._text_encoders()
+        ):
             raise BaseModelError(  # there the text encoders would lose their weights
                 f"the denoiser of {self.name} is offloaded, so its device is not to be known: call the pipeline itself, with "
                 "load_agd, or load the model without offloading"
