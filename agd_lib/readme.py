@@ -5,10 +5,8 @@ A table stands between ``<!-- NAME: begin -->`` and ``<!-- NAME: end -->``; its 
 
 from __future__ import annotations
 
-import math
-import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from .ablations import interval_table, read_ablation
@@ -70,31 +68,6 @@ def speed_table(path: Path) -> str:
         for row in found
         if "what" in row
     ]
-    return "\n".join(lines)
-
-
-def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
-    """The power with which costs grow over sizes: the slope of the straight line through both logarithms."""
-    x, y = ([math.log(value) for value in values] for values in (sizes, costs))
-    return statistics.linear_regression(x, y).slope
-
-
-def growth_table(path: Path) -> str:
-    """What ``tests/growth.py`` measured."""
-    about = read_json(path, ReadmeError, "record of growth")
-    lines = [
-        f"`{about['command']}`; kept in [`{display_path(path)}`]({display_path(path)}). A power of 1 is growth in proportion, of 0 none.",
-        "",
-        "| | from ... to | seconds | power | MiB | power |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in about["rows"]:
-        sizes, seconds, memory = row["sizes"], row["seconds"], row["mebibytes"]
-        lines.append(
-            f"| {row['what']} | {sizes[0]:,} to {sizes[-1]:,} {row['size']} | {seconds[0]:.3f} to {seconds[-1]:.3f} "
-            f"| {exponent(sizes, seconds):.2f} | {memory[0]:.0f} to {memory[-1]:.0f} "
-            f"| {exponent(sizes, [max(1.0, value) for value in memory]):.2f} |"
-        )
     return "\n".join(lines)
 
 
