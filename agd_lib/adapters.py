@@ -264,9 +264,8 @@ class SharedCode(nn.Module):
     """One code of (scale, timestep, class or prompt) for all adapters of a set: z, (..., B, d).
 
     The code of a whole prompt sees the mean of its tokens, the code of a token sees that token; both see the mean of the
-    negative prompt's tokens, in sets that are told one. The paper's adapters each
-    have a network of their own for this, with most of their parameters; the inputs are the same everywhere, so an
-    extension's adapters share one.
+    negative prompt's tokens, in sets that are told one. The paper's adapters each have a network of their own for this,
+    with most of their parameters; the inputs are the same everywhere, so an extension's adapters share one.
     """
 
     def __init__(self, sizes: AdapterSizes) -> None:

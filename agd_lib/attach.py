@@ -365,12 +365,12 @@ class AdapterSet(nn.Module):
     def guided_by(self, scale: Scale, negative: Tensor | None = None) -> Iterator[AdapterSet]:
         """Inside the block every forward pass of the base model is guided at this scale; see :data:`Scale`.
 
+        It costs least if the base model knows the run that the passes belong to, as :func:`agd_lib.sampling.sample` and
+        :func:`agd_lib.dropin.load_agd` see to: ``with base.running(SamplingRun(scheduler))``.
+
         Args:
             negative: (B, L, D), the tokens of negative prompts (``base.encode`` of pairs), for adapters that see them; None:
                 no negative prompts.
-
-        It costs least if the base model knows the run that the passes belong to, as :func:`agd_lib.sampling.sample` and
-        :func:`agd_lib.dropin.load_agd` see to: ``with base.running(SamplingRun(scheduler))``.
 
         Raises:
             AdapterError: if these adapters are on no base model, or are given negative prompts and do not see them.

@@ -71,8 +71,9 @@ def load_agd(pipeline: Any, adapters: str | Path | AdapterSet) -> LoadedAdapters
 
     What only a second pass can do is refused, by a ``ValueError``: negative prompts (empty ones are fine; adapters that were
     trained to see negative prompts take ``negative_prompt`` or ``negative_prompt_embeds``) and ``guidance_rescale``; so are
-    scales that are negative, not finite, or not one per prompt. What cannot be told apart is not refused: ``ip_adapter_image_embeds`` must come without the negative half that two passes need, and a callback
-    cannot change the guidance by ``_guidance_scale`` (a schedule can).
+    scales that are negative, not finite, or not one per prompt. What cannot be told apart is not refused:
+    ``ip_adapter_image_embeds`` must come without the negative half that two passes need, and a callback cannot change the
+    guidance by ``_guidance_scale`` (a schedule can).
 
     Args:
         pipeline: one of :data:`PIPELINES`. Adapters that it was given before are unloaded.

@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-import hashlib
 import itertools
-import json
 import math
 import shlex
 import sys
@@ -36,12 +34,12 @@ from .errors import AGDError
 from .evaluation import default_extractor, endpoint_mse_ratio
 from .guidance import AGD, CFG, Guidance, Unguided
 from .influence import influence_of
-from .project import DATA
+from .project import DATA, display_path
 from .recipes import SETTINGS, STEPS, largest_size
 from .results import cell
 from .sampling import endpoint, sample, sample_seed
 from .scenes import Asked, AskedObject, asked, caption, draw_scene, in_words, read_caption, shown
-from .storage import lock_folder, write_json
+from .storage import key_of, lock_folder, write_json
 from .study import MEASURING_PROMPTS, PLANS, SEEDS, TRAINING_PROMPTS, in_parallel, provenance, rows_of, train_compiled
 from .trajectories import CollectionPlan, TrajectoryStore, collect
 
@@ -133,7 +131,7 @@ def train_adapters(base_name: str, run: Path, kind: str, seed: int, num_steps: i
     adapters = largest_size(base, kind, SHARE, PLANS[base_name].guidance_range, seed, use_negative=True)
     settings = replace(SETTINGS, num_steps=num_steps, seed=seed)
     inputs = [asdict(adapters.config), asdict(settings), store.manifest["shards"], influence_of(base, store).tolist()]
-    key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
+    key = key_of(inputs)
     folder = run / "adapters" / key
     if not folder.exists():
         checkpoints = run / "checkpoints" / key
@@ -300,18 +298,20 @@ def main() -> None:
     command = "python -m agd_lib.negatives " + shlex.join(sys.argv[1:])
     write_json(path, provenance(command, time.perf_counter() - start) | {"rows": [asdict(row) for row in rows]})
     if arguments.ship:
-        _ship(folders[0], rows, arguments.kinds[0], arguments.ship)
+        _ship(folders[0], rows, arguments.kinds[0], arguments.ship, path)
     print(negatives_table(rows))
 
 
-def _ship(trained: Path, rows: Sequence[NegativeRow], kind: str, folder: Path) -> None:
+def _ship(trained: Path, rows: Sequence[NegativeRow], kind: str, folder: Path, results: Path) -> None:
     """Copy the adapters with a model card that shows their results."""
     adapters = AdapterSet.from_pretrained(trained)
-    mine = negatives_table([row for row in rows if row.adapter in (None, kind)])
+    mine = [row for row in rows if row.adapter in (None, kind)]
+    seeds, counts = sorted({row.seed for row in mine}), sorted(row.n for row in mine)
     card = (
         default_card(adapters.config)
         + "\nThey also see negative prompts: `base.encode([(prompt, negative_prompt)])`, or `negative_prompt` in a pipeline.\n"
-        f"\n## Results\n\n{TABLE_NOTE}\n\n{mine}\n"
+        f"\n## Results\n\n{TABLE_NOTE} {len(seeds)} seeds of {counts[0]} to {counts[-1]} prompts; the shipped adapters are those "
+        f"of seed {seeds[0]}. Source: `{display_path(results.resolve())}`.\n\n{negatives_table(mine)}\n"
     )
     adapters.save_pretrained(folder, card)
 

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-import hashlib
 import itertools
-import json
 import shlex
 import sys
 import time
@@ -32,7 +30,7 @@ from .project import DATA
 from .results import Row, Summary, cell, row_from_dict, summarise
 from .scenes import make_scenes
 from .shapes import make_images
-from .storage import lock_folder, read_json, write_json
+from .storage import key_of, lock_folder, read_json, write_json
 from .study import (
     PLANS,
     SEEDS,
@@ -234,8 +232,7 @@ def train_variant(base_name: str, run: Path, variant: TrainingVariant, seed: int
         *(each.manifest["shards"] for each in (store, held_out)),
         influence_of(base, store).tolist(),
     ]
-    key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
-    folder = run / "adapters" / key
+    folder = run / "adapters" / key_of(inputs)
     note = folder.with_suffix(".json")
     if note.is_file():
         return folder

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-import hashlib
 import itertools
-import json
 import math
 import shlex
 import sys
@@ -41,7 +39,7 @@ from .project import DATA
 from .recipes import HELD_OUT_PROMPTS, SETTINGS, STEPS
 from .results import Row, cell, row_from_dict, summarise
 from .sampling import generate
-from .storage import lock_folder, read_json, read_tensors, write_json, write_tensors
+from .storage import key_of, lock_folder, read_json, read_tensors, write_json, write_tensors
 from .study import (
     PLANS,
     SEEDS,
@@ -319,7 +317,7 @@ def train_entrant(base_name: str, run: Path, entrant: Entrant, settings: Trainin
         *(each.manifest["shards"] for each in (store, held_out)),
         influence_of(base, store).tolist(),
     ]
-    folder = run / "students" / hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
+    folder = run / "students" / key_of(inputs)
     note = folder.with_suffix(".json")
     if note.is_file():
         return folder

@@ -112,6 +112,15 @@ def lock_folder(folder: Path) -> AcquireReturnProxy:
         raise WriteError(f"could not write to {folder.parent}: {error}; choose another folder") from error
 
 
+def key_of(inputs: Any) -> str:
+    """16 hex digits that change whenever what is given does: a name for what was made from it.
+
+    Args:
+        inputs: whatever JSON can say.
+    """
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON, whole or not at all. NaN and infinity are refused (they are not JSON)."""
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
