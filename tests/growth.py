@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from diffusers import DiTPipeline, DiTTransformer2DModel
 from small_models import randomise
+from small_stores import random_states, write_store
 
 from agd_lib.attach import AdapterSet
 from agd_lib.base_models import BaseModel, base_from_pipeline, load_base
@@ -32,9 +33,9 @@ from agd_lib.guidance import AGD
 from agd_lib.project import DATA
 from agd_lib.sampling import endpoint, sample
 from agd_lib.scenes import caption, draw_scene
-from agd_lib.storage import sha256, write_json, write_tensors
+from agd_lib.storage import write_json
 from agd_lib.study import provenance
-from agd_lib.trajectories import CONDITIONS, FORMAT_VERSION, TrajectoryStore, _write_manifest
+from agd_lib.trajectories import TrajectoryStore
 
 Work = Callable[[], object]
 
@@ -85,38 +86,9 @@ def over_prompts(size: int, folder: Path) -> Work:
 
 def over_states(size: int, folder: Path) -> Work:
     """Opening a store of so many states shaped as tiny-dit's, and reading 1,000 of them at random."""
+    shards = (random_states(1_000, (4, 16, 16), 1, seed) for seed in range(size // 1_000))
+    write_store(folder, shards, {"class_labels": torch.zeros(1, dtype=torch.int64)})
     generator = torch.Generator().manual_seed(0)
-    shards = []
-    for number in range(size // 1_000):
-        states = torch.randn(2, 1_000, 4, 16, 16, generator=generator).half()
-        columns = {
-            "latents": states[0].contiguous(),
-            "target": states[1].contiguous(),
-            "timestep": torch.randint(1000, (1_000,), generator=generator),
-            "guidance_scale": 1 + 5 * torch.rand(1_000, generator=generator),
-            "condition": torch.zeros(1_000, dtype=torch.int64),
-            "signal": torch.rand(1_000, generator=generator),
-        }
-        path = folder / f"shard-{number:05d}.safetensors"
-        write_tensors(path, columns)
-        shards.append({"file": path.name, "rows": 1_000, "sha256": sha256(path)})
-    write_tensors(folder / CONDITIONS, {"class_labels": torch.zeros(1, dtype=torch.int64)})
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        "latent_shape": [4, 16, 16],
-        "num_trajectories": size,
-        "trajectories_per_shard": 1_000,
-        "num_train_timesteps": 1000,
-        "num_inference_steps": 1,
-        "guided_channels": 4,
-        "guidance_range": [1.0, 6.0],
-        "dtype": "float16",
-        "base_name": "tiny-dit",
-        "base_fingerprint": "",
-        "shards": shards,
-        "conditions_sha256": sha256(folder / CONDITIONS),
-    }
-    _write_manifest(folder, manifest)
     chosen = torch.randint(size, (1_000,), generator=generator).split(100)
 
     def read() -> None:

@@ -10,18 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from small_stores import random_states, write_store
 
 from agd_lib.base_models import load_base
 from agd_lib.project import DATA
-from agd_lib.storage import sha256, write_tensors
-from agd_lib.trajectories import (
-    CONDITIONS,
-    FORMAT_VERSION,
-    CollectionPlan,
-    TrajectoryStore,
-    _write_manifest,
-    collect_batch,
-)
+from agd_lib.trajectories import CollectionPlan, TrajectoryStore, collect_batch
 
 Rows = list[dict[str, str]]
 
@@ -72,36 +65,10 @@ def test_collection(benchmark: Any, store_comparisons: Rows) -> None:
 def sd21_shaped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """400 states shaped as SD 2.1's at 768 x 768 with 50 prompts: as a store, and as one pickled file per item."""
     folder = tmp_path_factory.mktemp("sd21")
-    generator = torch.Generator().manual_seed(0)
     rows, prompts = 400, 50
-    columns = {
-        "latents": torch.randn(rows, 4, 96, 96, generator=generator).half(),
-        "target": torch.randn(rows, 4, 96, 96, generator=generator).half(),
-        "timestep": torch.randint(1000, (rows,), generator=generator),
-        "guidance_scale": 1 + 11 * torch.rand(rows, generator=generator),
-        "condition": torch.randint(prompts, (rows,), generator=generator),
-        "signal": torch.rand(rows, generator=generator),
-    }
-    tokens = torch.randn(prompts, 77, 1024, generator=generator)
-    write_tensors(folder / "shard-00000.safetensors", columns)
-    write_tensors(folder / CONDITIONS, {"encoder_hidden_states": tokens})
-    shard = {"file": "shard-00000.safetensors", "rows": rows, "sha256": sha256(folder / "shard-00000.safetensors")}
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        "latent_shape": [4, 96, 96],
-        "num_trajectories": rows,
-        "trajectories_per_shard": rows,
-        "num_train_timesteps": 1000,
-        "num_inference_steps": 1,
-        "guided_channels": 4,
-        "guidance_range": [1.0, 12.0],
-        "dtype": "float16",
-        "base_name": "sd21",
-        "base_fingerprint": "",
-        "shards": [shard],
-        "conditions_sha256": sha256(folder / CONDITIONS),
-    }
-    _write_manifest(folder, manifest)
+    columns = random_states(rows, (4, 96, 96), prompts)
+    tokens = torch.randn(prompts, 77, 1024, generator=torch.Generator().manual_seed(1))
+    write_store(folder, [columns], {"encoder_hidden_states": tokens})
     for index in range(rows):
         torch.save({name: column[index].clone() for name, column in columns.items()}, folder / f"item-{index}.pt")
     for index in range(prompts):
