@@ -108,6 +108,7 @@ ABLATIONS: dict[str, tuple[TrainingVariant, ...]] = {
     "thrift": (
         *(replace(_DEFAULT, trajectories=trajectories, kept_steps=kept) for trajectories, kept in _THRIFT),
         *(replace(_DEFAULT, trajectories=6_400, collection_steps=steps) for steps in (5, 10)),
+        replace(_DEFAULT, trajectories=400, collection_steps=1_000, kept_steps=20),  # the paper's number of steps
     ),
 }
 """Ablation -> what is trained. Each is tried on one base model at a time."""

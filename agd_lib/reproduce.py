@@ -189,7 +189,7 @@ def load_profile(name: str, base: str, path: Path | None = None) -> Profile:
         )
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that is none is a ValueError
         raise ReproduceError(f"{display_path(path)} is not valid YAML: {error}") from error
     expected = values.pop("expected", None) if isinstance(values, dict) else None
     costs = ("minutes", "disk_mib", "memory_mib")

@@ -387,9 +387,13 @@ class TrainingLog:
         self.snapshots: dict[int, Tensor] = {}
         if self.path.is_file():
             tensors = read_tensors(self.path, CheckpointError, "training log")
-            if not {"step", "loss"} <= tensors.keys():
+            steps, losses = (tensors.pop(name, torch.empty(0, 0)) for name in ("step", "loss"))
+            if not (steps.ndim == losses.ndim == 1 and len(steps) == len(losses)):
                 raise CheckpointError(f"the training log {self.path} has no steps and losses: remove it")
-            self.losses = dict(zip(tensors.pop("step").tolist(), tensors.pop("loss").tolist()))
+            strange = [name for name in tensors if not re.fullmatch(r"snapshot\.[0-9]{1,9}", name)]
+            if strange:
+                raise CheckpointError(f"the training log {self.path} holds {strange[0]!r}, which no log has: remove it")
+            self.losses = dict(zip(steps.tolist(), losses.tolist()))
             self.snapshots = {int(name.removeprefix("snapshot.")): value for name, value in tensors.items()}
 
     def save(self) -> None:
@@ -472,12 +476,23 @@ def _resume(folder: Path, adapters: AdapterSet, parts: Sequence[Any], identity: 
             f"{latest / damaged[0]} is damaged (missing, truncated or edited); remove {latest}: training goes on from the "
             "checkpoint before it"
         )
-    adapters.load_state_dict(read_tensors(latest / "adapters.safetensors", CheckpointError, "checkpoint"))
-    moments = read_tensors(latest / "optimizer.safetensors", CheckpointError, "checkpoint")
-    by_name = dict(adapters.named_parameters())
+    weights, moments = (read_tensors(latest / name, CheckpointError, "checkpoint") for name in _FILES)
+    by_name, own = dict(adapters.named_parameters()), adapters.state_dict()
+    shapes = {name: tensor.shape for name, tensor in weights.items()}
+    # such as exp_avg and the parameter's name
+    entries = {entry: (*entry.partition(".")[::2], value) for entry, value in moments.items()}
+    strange = [entry for entry, (_, name, value) in entries.items() if not _is_moment(value, by_name.get(name))]
+    if shapes != {name: tensor.shape for name, tensor in own.items()} or strange:
+        what = f"the moment {strange[0]!r}" if strange else "weights"
+        raise CheckpointError(f"{latest} holds {what} of other adapters: remove it; training goes on from the one before it")
+    adapters.load_state_dict(weights)
     owners = {weight: part for part in parts for group in part.param_groups for weight in group["params"]}
-    for entry, value in moments.items():
-        key, name = entry.split(".", 1)  # such as exp_avg and the parameter's name
+    for key, name, value in entries.values():
         parameter = by_name[name]
         owners[parameter].state[parameter][key] = value.clone().to(parameter.device)
     return int(state["step"])
+
+
+def _is_moment(value: Tensor, parameter: Tensor | None) -> bool:
+    """Whether an optimiser can keep this of a parameter: a number, or one for each weight."""
+    return parameter is not None and value.shape in (torch.Size([]), parameter.shape)

@@ -363,6 +363,12 @@ def _check_plan(base: BaseModel, plan: CollectionPlan) -> None:
             "one a step: give the pipeline another scheduler, such as DDIMScheduler"
         )
     timesteps = torch.as_tensor(scheduler.timesteps)
+    last = base.num_train_timesteps - 1
+    if not 0 <= timesteps.min() <= timesteps.max() <= last:
+        raise ValueError(
+            f"{type(scheduler).__name__} begins at timestep {timesteps.max().item():g} for {steps} steps, where {base.name} was "
+            f"trained on 0 to {last} (its steps_offset moves every step up by one): expected fewer steps, such as {steps - 1}"
+        )
     fractional = timesteps[timesteps % 1 != 0]
     if len(fractional):
         raise ValueError(
@@ -535,7 +541,7 @@ class TrajectoryStore:
 
     def _check_indices(self) -> None:
         """Timesteps and conditions must be there to be looked up."""
-        counts = {len(value) for value in self.conditions.values()}
+        counts = {len(value) if value.ndim else 0 for value in self.conditions.values()}
         limits = {"timestep": self.manifest["num_train_timesteps"], "condition": min(counts, default=0)}
         for shard, entry in zip(self._shards, self.manifest["shards"]):
             for name, limit in limits.items():

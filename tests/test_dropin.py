@@ -491,13 +491,14 @@ def test_an_old_handle_does_not_unload_newer_adapters(sd: StableDiffusionPipelin
 # Dtypes, devices, compilers ---------------------------------------------------------------------------------------------------
 
 
-def test_a_half_precision_pipeline_with_adapters_in_float32(xl: StableDiffusionXLPipeline) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_precision_pipeline_with_adapters_in_float32(xl: StableDiffusionXLPipeline, dtype: torch.dtype) -> None:
     adapters = trained(xl)
     load_agd(xl, adapters)
     expected, unguided = run(xl, 3.0), run(xl, 1.0)
-    xl.to(torch.bfloat16)
+    xl.to(dtype)
     guided = run(xl, 3.0)
-    assert guided.dtype == torch.bfloat16 and next(adapters.parameters()).dtype == torch.float32
+    assert guided.dtype == dtype and next(adapters.parameters()).dtype == torch.float32
     error, effect = (guided.float() - expected).std(), (expected - unguided).std()
     assert error < 0.3 * effect
 

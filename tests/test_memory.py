@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from small_models import build_dit_pipeline
 from small_text_models import build_sd_pipeline, build_sdxl_pipeline
 from torch import Tensor
@@ -112,9 +113,17 @@ def test_the_peak_of_training_is_what_the_profiler_sees(
     assert predicted.total - before == pytest.approx(max(levels), rel=0.15)
 
 
-def test_the_peak_of_collection_is_what_the_profiler_sees(tmp_path: Path) -> None:
-    base = small_base("dit", tmp_path, sample_size=16, attention_head_dim=24)
-    plan = CollectionPlan(conditions=(0, 1), num_trajectories=16, num_inference_steps=2)
+@pytest.mark.parametrize("family", ["dit", "sd", "sdxl"])
+def test_the_peak_of_collection_is_what_the_profiler_sees(tmp_path: Path, family: str) -> None:
+    conditions: tuple[Any, ...] = (0, 1)
+    if family == "dit":
+        base = small_base(family, tmp_path, sample_size=16, attention_head_dim=24)
+    else:  # so wide that the handful of latents that a sampler holds do not count, as in the real ones
+        pipeline = (build_sd_pipeline if family == "sd" else build_sdxl_pipeline)(tmp_path)
+        widths = [4 * width for width in pipeline.unet.config.block_out_channels]
+        pipeline.unet = UNet2DConditionModel.from_config(pipeline.unet.config, block_out_channels=widths).eval()
+        base, conditions = base_from_pipeline(pipeline), ("a red cat", "a hat")
+    plan = CollectionPlan(conditions, num_trajectories=16, num_inference_steps=2)
     predicted = collection_memory(base, 16, MemorySettings(offload=True)).memory
     with profiled() as levels:
         collect_batch(base, plan, range(16))

@@ -289,6 +289,9 @@ def test_a_missing_notebook_is_named(tmp_path: Path, notebooks: Path) -> None:
     ("text", "message"),
     [
         ("a: [", "not valid YAML"),
+        ("expected: 2020-13-45", "not valid YAML"),
+        ("a: !!int x", "not valid YAML"),
+        ("[" * 3_000, "not valid YAML"),
         ("a: 1", "malformed"),
         ("- 1", "malformed"),
         ("expected: {minutes: 1, disk_mib: 1}", "malformed"),
@@ -337,6 +340,28 @@ def test_every_key_of_a_profile_is_declared_by_a_notebook(path: Path) -> None:
         (notebook,) = [notebook.name for notebook in LANES[loaded.lane] if notebook.name.startswith(number)]
         assert values.keys() <= declared_parameters(ROOT / "notebooks" / f"{notebook}.ipynb")
     assert not loaded.parameters.keys() & {"base_name", "run_dir"}, "these two are given by reproduce itself"
+
+
+@pytest.mark.parametrize(
+    ("base", "collects", "trains", "authors"),
+    [("dit-xl-2-256", "02", "03", 8.96e6), ("sd21", "04", "04", 1.119e6), ("sdxl", "05", "05", 1.06e6)],
+)
+def test_the_thrifty_profile_trains_as_the_papers_for_a_quarter_of_the_forward_passes(
+    base: str, collects: str, trains: str, authors: float
+) -> None:
+    thrifty, paper = load_profile("thrifty", base), load_profile("paper", base)
+    collection, training = thrifty.parameters_for(collects), thrifty.parameters_for(trains)
+    trajectories = collection.get("num_prompts") or 1_000 * collection["trajectories_per_condition"]
+    reads = training["num_training_steps"] * training["training_batch_size"]
+    steps = collection["num_inference_steps"]
+    passes = 2 * trajectories * steps + 3 * reads  # backwards counts as two forwards
+    assert passes <= authors / 4
+    kept = steps if collection["steps_per_trajectory"] == "all" else int(collection["steps_per_trajectory"])
+    assert 1 <= reads / (trajectories * kept) <= 2, "what is recorded is read, and not more often than was tried"
+    of_collection = {"num_inference_steps", "steps_per_trajectory"}
+    assert {name: value for name, value in training.items() if name not in of_collection} == {
+        name: value for name, value in paper.parameters_for(trains).items() if name not in of_collection
+    }
 
 
 def test_every_notebook_of_a_lane_exists_and_takes_base_and_run_folder() -> None:

@@ -791,6 +791,20 @@ def test_timesteps_between_the_whole_ones_are_refused(
     assert not (tmp_path / "store").exists()
 
 
+def test_a_first_step_beyond_the_training_is_refused_before_it_is_taken(
+    base: StableDiffusionBase, tmp_path: Path
+) -> None:
+    """Stable Diffusion's schedulers add one to every step: a thousand of them would begin at timestep 1,000."""
+    base.scheduler = EulerDiscreteScheduler.from_config(
+        base.scheduler.config, timestep_spacing="leading", num_train_timesteps=4
+    )
+    plan = CollectionPlan(("red cat",), 1, (1.0, 8.0), 4)
+    with pytest.raises(ValueError, match=r"begins at timestep 4 for 4 steps, .* expected fewer steps, such as 3"):
+        collect(base, plan, tmp_path / "store", progress=False)
+    assert not (tmp_path / "store").exists()
+    assert collect(base, replace(plan, num_inference_steps=3), tmp_path / "store", progress=False).complete
+
+
 def test_noised_data_are_as_the_denoiser_sees_its_states(base: StableDiffusionBase, tmp_path: Path) -> None:
     """Also under Euler, whose latents have variances in the hundreds before its input scaling."""
     plan = CollectionPlan(("red cat",), 4, (1.0, 8.0), 5, dtype="float32")

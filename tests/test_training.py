@@ -23,7 +23,7 @@ from agd_lib.attach import AdapterSet
 from agd_lib.base_models import DiTBase, count_forwards, load_base
 from agd_lib.errors import CheckpointError, StoreError
 from agd_lib.influence import INFLUENCE, influence_of
-from agd_lib.storage import write_tensors
+from agd_lib.storage import sha256, write_tensors
 from agd_lib.training import (
     InfluenceOrder,
     Student,
@@ -522,6 +522,31 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(
         assert checkpoint(tmp_path / "run", 9) == checkpoint(uninterrupted[0], 9)
 
 
+def rename_first(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["nobody"] = tensors.pop(next(iter(tensors)))
+
+
+def cut_first(tensors: dict[str, torch.Tensor]) -> None:
+    name = next(name for name, value in tensors.items() if value.ndim)
+    tensors[name] = tensors[name][:1].clone()
+
+
+@pytest.mark.parametrize("harm", [rename_first, cut_first])
+@pytest.mark.parametrize("name", ["adapters.safetensors", "optimizer.safetensors"])
+def test_a_checkpoint_of_other_tensors_is_refused_whatever_its_checksums_say(
+    dit_folder: Path, store: TrajectoryStore, uninterrupted: Any, tmp_path: Path, name: str, harm: Any
+) -> None:
+    shutil.copytree(uninterrupted[0], tmp_path / "run")
+    newest = tmp_path / "run" / "step-0000009"
+    tensors = load_file(newest / name)
+    harm(tensors)
+    save_file(tensors, newest / name)
+    checksums = json.loads((newest / "training.json").read_text())["sha256"]
+    edit(sha256=checksums | {name: sha256(newest / name)})(newest / "training.json")
+    with pytest.raises(CheckpointError, match="step-0000009 holds .* of other adapters: remove it"):
+        run(dit_folder, store, checkpoints=tmp_path / "run")
+
+
 @pytest.mark.parametrize(
     ("settings", "adapters", "message"),
     [
@@ -671,9 +696,9 @@ from agd_lib.trajectories import TrajectoryStore
 
 base, processes = load_base(sys.argv[1]), PartialState(cpu=True)
 adapters = AdapterSet.create(base, kind="offset", hidden_size=8)
-settings = TrainingSettings(num_steps=5, batch_size=64, learning_rate=1e-3)
+settings = TrainingSettings(num_steps=50, batch_size=64, learning_rate=1e-3)
 states = list(train(base, adapters, TrajectoryStore(sys.argv[2]), settings, checkpoints=sys.argv[3],
-                    checkpoint_every=5))
+                    checkpoint_every=50))
 assert processes.num_processes == 2
 with open(f"{sys.argv[4]}-{processes.process_index}.json", "w") as file:
     json.dump({"loss": [state.loss for state in states], "rows": [len(state.timestep) for state in states]}, file)
@@ -701,13 +726,13 @@ def test_two_processes_of_half_the_batch_equal_one_of_the_whole(
     assert isinstance(base, DiTBase)
     adapters = some_adapters(base)
     start = {name: value.clone() for name, value in adapters.state_dict().items()}
-    settings = TrainingSettings(num_steps=5, batch_size=64, learning_rate=1e-3)
+    settings = TrainingSettings(num_steps=50, batch_size=64, learning_rate=1e-3)
     losses = [state.loss for state in train(base, adapters, store, settings)]
     logs = [json.loads((tmp_path / f"log-{rank}.json").read_text()) for rank in (0, 1)]
-    assert logs[0]["rows"] == logs[1]["rows"] == [32] * 5
+    assert logs[0]["rows"] == logs[1]["rows"] == [32] * 50
     for one, both in zip(losses, zip(logs[0]["loss"], logs[1]["loss"])):
         assert both[0] != both[1] and sum(both) / 2 == pytest.approx(one, rel=1e-4)
-    together = load_file(tmp_path / "checkpoints" / "step-0000005" / "adapters.safetensors")
+    together = load_file(tmp_path / "checkpoints" / "step-0000050" / "adapters.safetensors")
     for name, value in adapters.state_dict().items():
         torch.testing.assert_close(together[name], value, rtol=1e-4, atol=1e-5)
     assert max(float((together[name] - start[name]).abs().max()) for name in start) > 2e-3  # it did learn
@@ -743,7 +768,17 @@ def test_a_training_log_is_read_back_whole(tmp_path: Path) -> None:
         TrainingLog(tmp_path / "log.safetensors")
 
 
-def test_a_training_log_of_other_tensors_is_refused(tmp_path: Path) -> None:
-    save_file({"loss": torch.zeros(3)}, tmp_path / "log.safetensors")
-    with pytest.raises(CheckpointError, match="has no steps and losses"):
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"loss": torch.zeros(3)}, "has no steps and losses"),
+        ({"loss": torch.zeros(3), "step": torch.tensor(3)}, "has no steps and losses"),
+        ({"loss": torch.zeros(3), "step": torch.arange(2)}, "has no steps and losses"),
+        ({"loss": torch.zeros(3), "step": torch.arange(3), "snapshot.x": torch.zeros(1)}, "holds 'snapshot.x'"),
+        ({"loss": torch.zeros(3), "step": torch.arange(3), "weights": torch.zeros(1)}, "holds 'weights'"),
+    ],
+)
+def test_a_training_log_of_other_tensors_is_refused(tmp_path: Path, tensors: Any, message: str) -> None:
+    save_file(tensors, tmp_path / "log.safetensors")
+    with pytest.raises(CheckpointError, match=message):
         TrainingLog(tmp_path / "log.safetensors")

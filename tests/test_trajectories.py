@@ -543,6 +543,14 @@ def set_shard(number: int, **values: Any) -> Callable[[Path], None]:
     return edited(lambda manifest: manifest["shards"][number].update(values))
 
 
+def other_conditions(tensors: dict[str, torch.Tensor]) -> Callable[[Path], None]:
+    def replace(folder: Path) -> None:
+        save_file(tensors, folder / "conditions.safetensors")
+        edited(lambda manifest: manifest.update(conditions_sha256=sha256(folder / "conditions.safetensors")))(folder)
+
+    return replace
+
+
 def other_tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
     """A shard with other tensors in it and the right checksum in the manifest."""
 
@@ -576,6 +584,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "negative timestep": (
         other_tensors(lambda t: t["timestep"][3:4].fill_(-1)),
         f"{SHARD} holds a timestep that is not in 0 to 999",
+    ),
+    "a number for the conditions": (
+        other_conditions({"class_labels": torch.tensor(3)}),
+        f"{SHARD.replace('1', '0')} holds a condition that is not in 0 to -1",
     ),
     "more rows": (set_shard(1, rows=13), SHARD),
     "rows of text": (set_shard(1, rows="12"), "malformed entry for shard 1"),
@@ -838,6 +850,8 @@ def test_two_processes_make_the_store_of_one(dit_folder: Path, tmp_path: Path) -
         assert torch.equal(together.column(name), alone.column(name))
     everything = torch.arange(len(alone))
     one, two = alone.batch(everything), together.batch(everything)
+    first = one.timestep == one.timestep.max()
+    assert int(first.sum()) == 15 and torch.equal(two.latents[first], one.latents[first])  # the noise
     torch.testing.assert_close(two.latents, one.latents, rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(two.target, one.target, rtol=2e-3, atol=2e-3)
 
