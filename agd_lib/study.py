@@ -41,7 +41,7 @@ from .influence import influence_of
 from .project import DATA, ROOT, display_path
 from .prompts import scene_prompts
 from .results import Row, markdown_table, row_from_dict, summarise
-from .storage import read_json, write_json
+from .storage import lock_folder, read_json, write_json
 from .training import TrainingSettings, train
 from .trajectories import CollectionPlan, TrajectoryStore, collect
 
@@ -335,23 +335,24 @@ def main() -> None:
     def measured(label: str, units: Iterable[Unit]) -> list[Row]:
         return in_parallel(arguments.workers, label, measure_unit, [(arguments.base, run, u, *common) for u in units])
 
-    rows = measured("unguided", [Unit("unguided", 1.0, seed) for seed in arguments.seeds])
-    rows += measured("CFG", [Unit("cfg", scale, seed) for scale in scales for seed in arguments.seeds])
-    if not arguments.gate:
-        base = load_base(arguments.base)
-        plan = CollectionPlan(
-            training_conditions(base, study.trajectories),
-            study.trajectories,
-            study.guidance_range,
-            num_inference_steps=arguments.steps,
-            trajectories_per_shard=1_000,
-        )
-        influence_of(base, collect(base, plan, run / "trajectories"))  # once, before two workers want it
-        longest_first = sorted(arguments.kinds, key=lambda kind: -study.recipes[kind].settings.num_steps)
-        trainings = [(arguments.base, run, kind, seed) for kind in longest_first for seed in arguments.seeds]
-        in_parallel(arguments.workers, "train", train_unit, trainings)
-        students = itertools.product(arguments.kinds, scales, arguments.seeds)
-        rows += measured("AGD", itertools.starmap(Unit, students))
+    with lock_folder(run):
+        rows = measured("unguided", [Unit("unguided", 1.0, seed) for seed in arguments.seeds])
+        rows += measured("CFG", [Unit("cfg", scale, seed) for scale in scales for seed in arguments.seeds])
+        if not arguments.gate:
+            base = load_base(arguments.base)
+            plan = CollectionPlan(
+                training_conditions(base, study.trajectories),
+                study.trajectories,
+                study.guidance_range,
+                num_inference_steps=arguments.steps,
+                trajectories_per_shard=1_000,
+            )
+            influence_of(base, collect(base, plan, run / "trajectories"))  # once, before two workers want it
+            longest_first = sorted(arguments.kinds, key=lambda kind: -study.recipes[kind].settings.num_steps)
+            trainings = [(arguments.base, run, kind, seed) for kind in longest_first for seed in arguments.seeds]
+            in_parallel(arguments.workers, "train", train_unit, trainings)
+            students = itertools.product(arguments.kinds, scales, arguments.seeds)
+            rows += measured("AGD", itertools.starmap(Unit, students))
     command = "python -m agd_lib.study " + shlex.join(sys.argv[1:])
     write_study(arguments.results, rows, command, time.perf_counter() - start)
     if arguments.ship:

@@ -343,13 +343,14 @@ def train(
             optimizer.step()
             optimizer.zero_grad()  # now, not before the next backward: its forward pass needs the memory
         done = step + 1
-        if folder and accelerator.is_main_process and (done % checkpoint_every == 0 or done == settings.num_steps):
+        if done % checkpoint_every == 0 or done == settings.num_steps:
             if not all(bool(torch.isfinite(weight).all()) for weight in adapters.parameters()):
                 raise CheckpointError(
                     f"after step {done} the adapters hold NaN or infinity, and are not kept. {_last_good(folder)}; try a "
                     "lower learning rate, or max_grad_norm"
                 )
-            _save(folder, done, adapters, parts, identity)
+            if folder and accelerator.is_main_process:
+                _save(folder, done, adapters, parts, identity)
         yield TrainingState(done, loss.item(), learning_rate, batch.timestep, squared_error.detach())
 
 
@@ -484,7 +485,9 @@ def _resume(folder: Path, adapters: AdapterSet, parts: Sequence[Any], identity: 
     strange = [entry for entry, (_, name, value) in entries.items() if not _is_moment(value, by_name.get(name))]
     if shapes != {name: tensor.shape for name, tensor in own.items()} or strange:
         what = f"the moment {strange[0]!r}" if strange else "weights"
-        raise CheckpointError(f"{latest} holds {what} of other adapters: remove it; training goes on from the one before it")
+        raise CheckpointError(
+            f"{latest} holds {what} of other adapters: remove it; training goes on from the one before it"
+        )
     adapters.load_state_dict(weights)
     owners = {weight: part for part in parts for group in part.param_groups for weight in group["params"]}
     for key, name, value in entries.values():

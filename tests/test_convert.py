@@ -384,7 +384,10 @@ def test_code_in_a_pickle_is_not_run(dit_base: DiTBase, tmp_path: Path, place: s
         assert exploded.exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x80\x02}q\x00.", b"\x80\x02.", b"\x80\x02J\x00", b"not a checkpoint", bytes(1000)])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"PK\x03\x04", b"\x80\x02}q\x00.", b"\x80\x02.", b"\x80\x02J\x00", b"not a checkpoint", bytes(1000)],
+)
 def test_a_file_that_is_no_checkpoint_is_refused(dit_base: DiTBase, tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "0005000.pt"
     path.write_bytes(content)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
 import tomllib
 from typing import Any
 
@@ -14,6 +16,14 @@ from agd_lib.project import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+def test_importing_the_library_imports_nothing_heavy() -> None:
+    """What it takes beyond torch is loaded when it is first used."""
+    heavy = ("torch", "diffusers", "transformers", "matplotlib", "scipy", "accelerate", "sklearn", "pandas")
+    code = f"import sys, agd_lib; print([name for name in {heavy} if name in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
 
 
 @pytest.fixture(scope="module")

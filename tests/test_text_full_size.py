@@ -88,7 +88,9 @@ def test_every_kind_stays_within_the_papers_share(sd21: StableDiffusionBase) -> 
         assert 0.01 < adapters.num_parameters() / sd21.num_parameters() < 0.05, kind
 
 
-@pytest.mark.parametrize(("name", "batch_size", "gib", "limit"), [("sd21", 8, 5.42, 6), ("sdxl", 4, 9.16, 10), ("sdxl", 1, 7.8, 8)])
+@pytest.mark.parametrize(
+    ("name", "batch_size", "gib", "limit"), [("sd21", 8, 5.42, 6), ("sdxl", 4, 9.16, 10), ("sdxl", 1, 7.8, 8)]
+)
 def test_training_fits_small_cards(
     request: pytest.FixtureRequest, name: str, batch_size: int, gib: float, limit: float
 ) -> None:

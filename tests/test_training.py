@@ -543,7 +543,7 @@ def test_a_checkpoint_of_other_tensors_is_refused_whatever_its_checksums_say(
     save_file(tensors, newest / name)
     checksums = json.loads((newest / "training.json").read_text())["sha256"]
     edit(sha256=checksums | {name: sha256(newest / name)})(newest / "training.json")
-    with pytest.raises(CheckpointError, match="step-0000009 holds .* of other adapters: remove it"):
+    with pytest.raises(CheckpointError, match=r"step-0000009 holds .* of other adapters: remove it"):
         run(dit_folder, store, checkpoints=tmp_path / "run")
 
 
@@ -659,6 +659,14 @@ def test_weights_that_are_no_numbers_are_not_kept(dit_base: DiTBase, store: Traj
     with pytest.raises(CheckpointError, match=r"after step 2 the adapters hold NaN.*step-0000001"):
         next(training)
     assert [path.name for path in tmp_path.iterdir()] == ["step-0000001"]
+
+
+def test_the_last_step_is_looked_at_without_checkpoints_too(dit_base: DiTBase, store: TrajectoryStore) -> None:
+    adapters = some_adapters(dit_base)
+    training = train(dit_base, adapters, store, replace(QUICK, num_steps=1))
+    next(adapters.parameters()).register_hook(lambda gradient: gradient * math.nan)
+    with pytest.raises(CheckpointError, match=r"after step 1 the adapters hold NaN.*none was kept"):
+        next(training)
 
 
 def test_the_states_of_a_bad_loss_are_named(dit_base: DiTBase, store: TrajectoryStore, monkeypatch: Any) -> None:
