@@ -1,6 +1,7 @@
 """The README's tables, made from the files in ``data/results``: ``python -m agd_lib.readme`` renews them.
 
-A table stands between ``<!-- NAME: begin -->`` and ``<!-- NAME: end -->``; its file is ``data/results/NAME.json``.
+A table stands between ``<!-- NAME: begin -->`` and ``<!-- NAME: end -->``; its file is ``data/results/NAME.json``, but for the
+headline, which is made from the studies' files.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from .ablations import interval_table, read_ablation
 from .errors import AGDError
 from .negatives import TABLE_NOTE, negatives_table, read_negatives
 from .project import DATA, ROOT, display_path
-from .results import markdown_table
+from .results import at_best_scales, markdown_table
 from .rivals import comparison_table, read_comparison
 from .storage import read_json, writing
-from .study import read_study
+from .study import PLANS, read_study
 
 RESULTS = DATA / "results"
 
@@ -40,6 +41,15 @@ def results_table(path: Path) -> str:
         f"the features of {row.extractor}, not an FID. {endpoint}Every row comes from "
         f"`{about['command']}` and is kept in [`{display_path(path)}`]({display_path(path)}).\n\n"
         f"{markdown_table(rows)}"
+    )
+
+
+def headline_table(path: Path) -> str:
+    """Every method of every study at its own best scale; the studies lie beside ``path``."""
+    rows = [row for name in PLANS for row in read_study(path.with_name(f"{name}.json"))]
+    return (
+        "Every method at the scale where its own distance is lowest, mean ± standard deviation over three seeds; from the tables below, "
+        f"where the other scales are.\n\n{markdown_table(at_best_scales(rows))}"
     )
 
 
@@ -105,9 +115,8 @@ def negative_prompts_table(path: Path) -> str:
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
-    "tiny-dit": results_table,
-    "tiny-sd21": results_table,
-    "tiny-sdxl": results_table,
+    "headline": headline_table,
+    **dict.fromkeys(PLANS, results_table),
     "tiny-dit-rivals": rivals_table,
     "tiny-dit-interval": intervals_table,
     "tiny-sd21-interval": intervals_table,

@@ -180,6 +180,16 @@ def best_scale(rows: Sequence[Row], method: str = "cfg") -> float:
     return min(known)[1]  # type: ignore[type-var]
 
 
+def at_best_scales(rows: Sequence[Row]) -> list[Row]:
+    """Of every base model and method the rows at the scale where its own mean Frechet distance is lowest."""
+    chosen = []
+    for base, method in dict.fromkeys((row.base, row.method) for row in rows):
+        mine = [row for row in rows if (row.base, row.method) == (base, method)]
+        scale = best_scale(mine, method)
+        chosen += [row for row in mine if row.scale == scale]
+    return chosen
+
+
 def cell(mean: float | None, deviation: float | None, digits: int) -> str:
     """``mean ± deviation`` as tables show it; a dash where there is nothing."""
     if mean is None:

@@ -16,6 +16,7 @@ from agd_lib.errors import AGDError
 from agd_lib.results import (
     ResultsError,
     Row,
+    at_best_scales,
     best_scale,
     markdown_table,
     read_results,
@@ -214,6 +215,23 @@ def test_the_best_scale_has_the_lowest_mean_distance() -> None:
     rows += [replace(AGD_ROW, scale=4.0, fd=0.5), replace(UNGUIDED_ROW, fd=0.1)]
     assert best_scale(rows) == 2.0
     assert best_scale(rows, "agd offset") == 4.0
+
+
+def test_every_method_is_shown_at_its_own_best_scale() -> None:
+    other = replace(CFG_ROW, base="tiny-sd21", extractor="scenes", scale=7.0)
+    rows = [
+        UNGUIDED_ROW,
+        *(replace(CFG_ROW, scale=scale, fd=fd, seed=seed) for seed in (0, 1) for scale, fd in ((2, 1.5), (4, 1.4))),
+        *(replace(AGD_ROW, scale=scale, fd=fd) for scale, fd in ((2.0, 1.6), (4.0, 1.7))),
+        other,
+    ]
+    assert [(row.base, row.method, row.scale, row.seed) for row in at_best_scales(rows)] == [
+        ("tiny-dit", "unguided", 1.0, 0),
+        ("tiny-dit", "cfg", 4, 0),
+        ("tiny-dit", "cfg", 4, 1),
+        ("tiny-dit", "agd offset", 2.0, 0),
+        ("tiny-sd21", "cfg", 7.0, 0),
+    ]
 
 
 def test_a_best_scale_needs_distances_of_one_kind() -> None:
