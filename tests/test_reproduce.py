@@ -13,6 +13,8 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import matplotlib.pyplot as plt
 import nbformat
@@ -41,6 +43,7 @@ from agd_lib.reproduce import (
     strip_execution,
 )
 from agd_lib.results import Row, read_results, write_results
+from agd_lib.trajectories import CollectionPlan, predicted_size
 
 LANE = (Notebook("01_first", makes=("made",)), Notebook("02_second", needs=("01_first",)))
 
@@ -362,6 +365,33 @@ def test_the_thrifty_profile_trains_as_the_papers_for_a_quarter_of_the_forward_p
     assert {name: value for name, value in training.items() if name not in of_collection} == {
         name: value for name, value in paper.parameters_for(trains).items() if name not in of_collection
     }
+
+
+@pytest.mark.parametrize("profile_name", ["paper", "thrifty"])
+@pytest.mark.parametrize(
+    ("base", "collects", "latent_shape", "gigabytes"),
+    [
+        ("dit-xl-2-256", "02", (4, 32, 32), 8),
+        ("sd21", "04", (4, 96, 96), 8),
+        ("sdxl", "05", (4, 128, 128), 6),
+    ],
+)
+def test_the_papers_runs_keep_no_more_than_training_reads(
+    profile_name: str, base: str, collects: str, latent_shape: tuple[int, int, int], gigabytes: float
+) -> None:
+    """All steps of all trajectories would be 66, 74 and 131 GB in float16."""
+    given = load_profile(profile_name, base).parameters_for(collects)
+    kept = given["steps_per_trajectory"]
+    plan = CollectionPlan(
+        (0,),
+        given.get("num_prompts") or 1_000 * given["trajectories_per_condition"],
+        num_inference_steps=given["num_inference_steps"],
+        steps_per_trajectory=kept if kept == "all" else int(kept),
+    )
+    model: Any = SimpleNamespace(latent_shape=latent_shape)
+    assert predicted_size(model, plan) < gigabytes * 1e9
+    whole = replace(plan, num_inference_steps=999, steps_per_trajectory="all")
+    assert predicted_size(model, whole) > 8 * gigabytes * 1e9
 
 
 def test_every_notebook_of_a_lane_exists_and_takes_base_and_run_folder() -> None:

@@ -493,6 +493,24 @@ def test_no_path_of_this_machine_is_in_a_store(collected: Path) -> None:
     assert str(collected.parent) not in manifest and "/" not in manifest
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_number_of_threads_changes_nothing_but_the_order_of_sums(
+    base: DiTBase, collected: Path, tmp_path: Path, threads: int
+) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        other = collect(base, a_plan(), tmp_path / "other", batch_size=2, progress=False)
+    finally:
+        torch.set_num_threads(before)
+    store = TrajectoryStore(collected)
+    for name in ("timestep", "guidance_scale", "condition"):
+        assert torch.equal(other.column(name), store.column(name))
+    one, two = (each.batch(torch.arange(len(store))) for each in (store, other))
+    torch.testing.assert_close(two.latents, one.latents, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(two.target, one.target, rtol=2e-3, atol=2e-3)
+
+
 # Damage ------------------------------------------------------------------------------------------------------------
 
 SHARD = "shard-00001.safetensors"
