@@ -7,6 +7,7 @@ store; :class:`agd_lib.training.InfluenceOrder` draws states by it.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 
 import torch
@@ -79,13 +80,19 @@ def influence_of(base: BaseModel, store: TrajectoryStore) -> Tensor:
                 f"the influence of the store {store.folder} has yet to be measured, and the base model is in {base.dtype}: "
                 "the teacher is measured in float32; call agd_lib.influence.influence_of with a float32 base once"
             )
-        write_tensors(path, {"influence": endpoint_influence(base, store)})
-    influence = read_tensors(path, StoreError, "store's influence").get("influence")
-    if (
-        influence is None
-        or influence.ndim != 1
-        or len(influence) == 0
-        or not bool(torch.isfinite(influence).all() & (influence >= 0).all())
-    ):
+        measured = endpoint_influence(base, store)
+        write_tensors(path, {"influence": measured, "sha256": _checksum(measured)})
+    tensors = read_tensors(path, StoreError, "store's influence")
+    influence = tensors.get("influence", torch.empty(0))
+    if not torch.equal(tensors.get("sha256", torch.empty(0)), _checksum(influence)):
+        raise StoreError(
+            f"{path} does not hold what was measured (its checksum differs): remove it, it is measured again"
+        )
+    if influence.ndim != 1 or len(influence) == 0 or not bool((torch.isfinite(influence) & (influence >= 0)).all()):
         raise StoreError(f"{path} does not hold one finite number >= 0 for each range of timesteps: remove it")
     return influence
+
+
+def _checksum(influence: Tensor) -> Tensor:
+    """(32,) uint8."""
+    return torch.tensor(list(hashlib.sha256(influence.contiguous().numpy().tobytes()).digest()), dtype=torch.uint8)

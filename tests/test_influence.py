@@ -10,7 +10,7 @@ import torch
 from agd_lib import CFG, Unguided
 from agd_lib.base_models import DiTBase
 from agd_lib.errors import StoreError
-from agd_lib.influence import INFLUENCE, endpoint_influence, influence_of
+from agd_lib.influence import INFLUENCE, _checksum, endpoint_influence, influence_of
 from agd_lib.sampling import sample, sample_seed
 from agd_lib.storage import write_tensors
 from agd_lib.trajectories import CollectionPlan, TrajectoryStore, collect
@@ -52,9 +52,13 @@ def test_it_is_kept_with_the_store_and_a_damaged_file_is_named(dit_base: DiTBase
     first = influence_of(dit_base, store)
     assert (store.folder / INFLUENCE).is_file()
     assert torch.equal(influence_of(dit_base, TrajectoryStore(store.folder)), first)
-    for wrong in ({"influence": -first}, {"influence": first * float("nan")}, {"other": first}):
-        write_tensors(store.folder / INFLUENCE, wrong)
+    for wrong in (-first, first * float("nan"), torch.empty(0)):
+        write_tensors(store.folder / INFLUENCE, {"influence": wrong, "sha256": _checksum(wrong)})
         with pytest.raises(StoreError, match="does not hold one finite number"):
+            influence_of(dit_base, store)
+    for other in ({"influence": first}, {"influence": first * 1.001, "sha256": _checksum(first)}, {"other": first}):
+        write_tensors(store.folder / INFLUENCE, other)
+        with pytest.raises(StoreError, match="its checksum differs"):
             influence_of(dit_base, store)
     (store.folder / INFLUENCE).write_bytes(b"\x00" * 20)
     with pytest.raises(StoreError, match="influence"):

@@ -142,6 +142,20 @@ def test_what_the_papers_runs_cost_follows_from_their_operations() -> None:
         assert collection_hours == round(hours[0]) and training_hours == round(hours[1], 1)
 
 
+def test_what_the_thrifty_runs_cost_follows_from_their_operations() -> None:
+    rows = re.findall(
+        r"^\| [\w./ -]+ \| ([\d.]+) M passes \| ([\d.]+) M passes \| (\d+) % \| ([\d.]+) h \+ ([\d.]+) h \|$",
+        README,
+        re.MULTILINE,
+    )
+    papers = [(8.0e6, 0.96e6, 0.237), (0.999e6, 0.12e6, 2.15), (1.0e6, 0.06e6, 6.76)]
+    assert len(rows) == 3
+    for row, (collection, training, teraflop) in zip(rows, papers):
+        passes, share, hours = [float(cell) * 1e6 for cell in row[:2]], float(row[2]), [float(cell) for cell in row[3:]]
+        assert passes[1] == training and share == round(100 * sum(passes) / (collection + training)) <= 25
+        assert hours == [round(count * teraflop / 40 / 3600, 1) for count in passes]
+
+
 def test_the_tables_are_those_of_their_files() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert with_tables(text) == text, "run: python -m agd_lib.readme"

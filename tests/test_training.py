@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from agd_lib.attach import AdapterSet
 from agd_lib.base_models import DiTBase, count_forwards, load_base
 from agd_lib.errors import CheckpointError, StoreError
-from agd_lib.influence import INFLUENCE, influence_of
+from agd_lib.influence import INFLUENCE, _checksum, influence_of
 from agd_lib.storage import sha256, write_tensors
 from agd_lib.training import (
     InfluenceOrder,
@@ -393,7 +393,8 @@ def test_a_run_does_not_go_on_with_another_influence(dit_base: DiTBase, tmp_path
     adapters = some_adapters(dit_base)
     list(itertools.islice(train(dit_base, adapters, store, settings, tmp_path / "run", checkpoint_every=2), 2))
     adapters.remove()
-    write_tensors(store.folder / INFLUENCE, {"influence": influence_of(dit_base, store) * 2})
+    other = influence_of(dit_base, store) * 2
+    write_tensors(store.folder / INFLUENCE, {"influence": other, "sha256": _checksum(other)})
     with pytest.raises(CheckpointError, match="another influence"):
         list(train(dit_base, some_adapters(dit_base), store, settings, tmp_path / "run"))
 
