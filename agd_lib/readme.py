@@ -14,6 +14,7 @@ from .ablations import interval_table, read_ablation
 from .errors import AGDError
 from .negatives import TABLE_NOTE, negatives_table, read_negatives
 from .project import DATA, ROOT, display_path
+from .recipes import read_variants, variant_table
 from .results import at_best_scales, markdown_table
 from .rivals import comparison_table, read_comparison
 from .storage import read_json, writing
@@ -104,6 +105,17 @@ def rivals_table(path: Path) -> str:
     )
 
 
+def recipe_table(path: Path) -> str:
+    """The training with one part exchanged (:mod:`agd_lib.recipes`)."""
+    about, (rows, cfg) = read_json(path, ReadmeError, "study"), read_variants(path)
+    row, variant = rows[0].row, rows[0].variant
+    return (
+        f"{Path(row.base).name}, {row.steps} sampler steps, trainings of {variant.num_steps:,} steps, mean ± standard deviation over "
+        f"{len({each.row.seed for each in rows})} seeds of {row.n:,} images. `{about['command']}`, kept in "
+        f"[`{display_path(path)}`]({display_path(path)}).\n\n{variant_table(rows, cfg)}"
+    )
+
+
 def negative_prompts_table(path: Path) -> str:
     """What a study of negative prompts measured (:mod:`agd_lib.negatives`)."""
     about, rows = read_json(path, ReadmeError, "study"), read_negatives(path)
@@ -121,6 +133,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "tiny-dit-interval": intervals_table,
     "tiny-sd21-interval": intervals_table,
     "tiny-sd21-negatives": negative_prompts_table,
+    "tiny-dit-thrift": recipe_table,
     "speed": speed_table,
 }
 """How the table of each file is made."""
