@@ -6,6 +6,7 @@ headline, which is made from the studies' files.
 
 from __future__ import annotations
 
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +16,11 @@ from .errors import AGDError
 from .negatives import TABLE_NOTE, negatives_table, read_negatives
 from .project import DATA, ROOT, display_path
 from .recipes import read_variants, variant_table
-from .results import at_best_scales, markdown_table
+from .results import at_best_scales, cell, markdown_table
 from .rivals import comparison_table, read_comparison
 from .storage import read_json, writing
 from .study import PLANS, read_study
+from .transfer import gain_kept
 
 RESULTS = DATA / "results"
 
@@ -126,6 +128,18 @@ def negative_prompts_table(path: Path) -> str:
     )
 
 
+def transfer_table(path: Path) -> str:
+    """The shipped adapters on weights that they were not trained on (:mod:`agd_lib.transfer`)."""
+    about, rows = read_json(path, ReadmeError, "study"), read_study(path)
+    lines = ["| model | weights moved | w | AGD keeps of CFG's gain in accuracy |", "|---|---|---|---|"]
+    for model, by_scale in gain_kept(rows).items():
+        moved = about["weights_moved"].get(model, 0)
+        for scale, kept in by_scale.items():
+            spread = statistics.stdev(kept) if len(kept) > 1 else None
+            lines.append(f"| {model} | {moved:.1%} | {scale:g} | {cell(statistics.fmean(kept), spread, 2)} |")
+    return f"{results_table(path)}\n\n" + "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "headline": headline_table,
     **dict.fromkeys(PLANS, results_table),
@@ -133,7 +147,9 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "tiny-dit-interval": intervals_table,
     "tiny-sd21-interval": intervals_table,
     "tiny-sd21-negatives": negative_prompts_table,
+    "tiny-sd21-transfer": transfer_table,
     "tiny-dit-thrift": recipe_table,
+    "tiny-dit-states": recipe_table,
     "speed": speed_table,
 }
 """How the table of each file is made."""
