@@ -217,6 +217,7 @@ def collect(
     header = _header(base, plan)
     there = _store_of(folder, header)
     if there is not None and there.complete:
+        _remove_notes(folder, plan.num_shards)  # a run that was killed while it did so leaves some
         return there
     processes = PartialState(cpu=base.device.type == "cpu")
     with lock_folder(folder) if processes.is_main_process else nullcontext():
@@ -295,8 +296,13 @@ def _list_shards(folder: Path) -> None:
         shards.append(entry)
     if len(shards) > num_listed:
         _write_manifest(folder, manifest)
-    for number in range(len(shards)):
-        _note(folder, number).unlink(missing_ok=True)
+    _remove_notes(folder, len(shards))
+
+
+def _remove_notes(folder: Path, num_listed: int) -> None:
+    """Remove the notes of the shards that the manifest lists."""
+    for shard in range(num_listed):
+        _note(folder, shard).unlink(missing_ok=True)
 
 
 def _collect_shard(

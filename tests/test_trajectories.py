@@ -805,6 +805,17 @@ def test_shards_that_are_whole_but_not_listed_are_taken_and_damaged_ones_are_mad
     assert contents(tmp_path / "store") == contents(collected)
 
 
+def test_a_note_that_a_killed_run_left_beside_its_finished_store_is_removed(
+    base: DiTBase, collected: Path, tmp_path: Path
+) -> None:
+    """Killed after the manifest listed the last shard, before its note was gone."""
+    shutil.copytree(collected, tmp_path / "store")
+    last = json.loads((collected / "manifest.json").read_text())["shards"][-1]
+    (tmp_path / "store" / "shard-00002.json").write_text(json.dumps(last))
+    collect(base, a_plan(), tmp_path / "store", progress=False)
+    assert contents(tmp_path / "store") == contents(collected)
+
+
 def test_a_shard_beyond_the_plan_is_not_listed(base: DiTBase, collected: Path, tmp_path: Path) -> None:
     shutil.copytree(collected, tmp_path / "store")
     stray = json.loads((collected / "manifest.json").read_text())["shards"][-1] | {"file": "shard-00003.safetensors"}
