@@ -30,7 +30,7 @@ from .extractor import ShapesExtractor, load_local
 from .guidance import AGD, CFG, Guidance, GuidanceInterval, Unguided
 from .results import Row, row_from_dict
 from .sampling import generate
-from .storage import read_json, read_tensors, write_json, write_tensors
+from .storage import read_json, read_tensors, sha256, write_json, write_tensors
 
 
 class EvaluationError(AGDError):
@@ -85,28 +85,51 @@ class ShapesFeatures:
         return output.features.cpu(), None if conditions is None else seen == torch.as_tensor(conditions)
 
 
-class InceptionFeatures:
-    """clean-fid's Inception-v3 with its ``clean`` resize: the features of the FID. Weights are fetched at first use.
+INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
+INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
+"""clean-fid's Inception-v3 (96 MB). A TorchScript file can hold any program, so nothing but these bytes is loaded."""
+
+
+def fetch_inception() -> Path:
+    """Where Inception's weights are, in torch's own cache; fetched to it at the first use, whole or not at all.
 
     Raises:
-        EvaluationError: if they cannot be fetched.
+        EvaluationError: if they cannot be fetched, or are not those that they should be.
+    """
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(INCEPTION_URL).name
+    try:
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(INCEPTION_URL, str(path), hash_prefix=INCEPTION_SHA256)
+    except (OSError, RuntimeError) as error:  # no network, no room; another checksum
+        raise EvaluationError(
+            f"could not fetch Inception's weights, which the FID is measured with, from {INCEPTION_URL}: {error}. Fetch that "
+            f"file to {path} yourself"
+        ) from error
+    if sha256(path) != INCEPTION_SHA256:
+        raise EvaluationError(
+            f"{path} is not the file of Inception's weights that clean-fid uses (its SHA-256 is not {INCEPTION_SHA256}): "
+            "remove it, so that it is fetched again"
+        )
+    return path
+
+
+class InceptionFeatures:
+    """clean-fid's Inception-v3 with its ``clean`` resize: the features of the FID. Weights: :func:`fetch_inception`.
+
+    Raises:
+        EvaluationError: if they cannot be fetched, or are others.
     """
 
     name = "inception-v3-clean"
     feature_dim = 2048
 
     def __init__(self, device: str | torch.device = "cpu") -> None:
-        from cleanfid.features import build_feature_extractor
+        from cleanfid.inception_torchscript import InceptionV3W
         from cleanfid.resize import build_resizer
 
         self.device = torch.device(device)
-        try:
-            self.model = build_feature_extractor("clean", self.device, use_dataparallel=False)
-        except OSError as error:
-            raise EvaluationError(
-                f"could not fetch Inception's weights, which the FID is measured with: {error}. clean-fid fetches them from "
-                "the network at the first use"
-            ) from error
+        self.model = InceptionV3W(str(fetch_inception().parent), download=False, resize_inside=False).to(self.device)
         self.resize = build_resizer("clean")
 
     @torch.no_grad()

@@ -75,6 +75,42 @@ SDXL = COMMON | {
 }
 
 
+NARROW: dict[str, dict[str, Any]] = {
+    "dit-xl-2-256": DIT_XL | {"attention_head_dim": 4, "sample_size": 4},
+    "sd21": SD21
+    | {
+        "attention_head_dim": [1, 2, 4, 4],
+        "block_out_channels": [32, 64, 128, 128],
+        "cross_attention_dim": 32,
+        "sample_size": 8,
+    },
+    "sdxl": SDXL
+    | {
+        "addition_time_embed_dim": 8,
+        "attention_head_dim": [1, 2, 4],
+        "block_out_channels": [32, 64, 128],
+        "cross_attention_dim": 32,
+        "projection_class_embeddings_input_dim": 64,
+        "sample_size": 8,
+    },
+}
+"""As many blocks and layers as at full size, a tenth as wide: as many tensor operations, in little memory."""
+
+
+def narrow(name: str) -> BaseModel:
+    """One of :data:`NARROW`, with random weights."""
+    torch.manual_seed(0)
+    scheduler, vae = DDIMScheduler(steps_offset=1, clip_sample=False), AutoencoderKL(block_out_channels=(32,))
+    if name == "dit-xl-2-256":
+        return base_from_pipeline(DiTPipeline(DiTTransformer2DModel(**NARROW[name]), vae, scheduler), name)
+    unet = UNet2DConditionModel(**NARROW[name])
+    if name == "sd21":
+        pipeline = StableDiffusionPipeline(vae, None, None, unet, scheduler, None, None, requires_safety_checker=False)
+    else:
+        pipeline = StableDiffusionXLPipeline(vae, None, None, None, None, unet, scheduler, add_watermarker=False)
+    return base_from_pipeline(pipeline, name)
+
+
 def dit_xl() -> DiTBase:
     """DiT-XL/2 at 256 x 256, on the meta device."""
     with torch.device("meta"):

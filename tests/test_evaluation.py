@@ -12,9 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 
-import cleanfid.features
 import cleanfid.fid
 import numpy as np
 import pytest
@@ -24,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
+import agd_lib.evaluation
 from agd_lib.attach import AdapterSet
 from agd_lib.base_models import DiTBase, count_forwards, load_base
 from agd_lib.errors import AGDError
@@ -49,6 +48,7 @@ from agd_lib.evaluation import (
 from agd_lib.extractor import ShapesExtractor
 from agd_lib.guidance import AGD, CFG, GuidanceInterval, Unguided
 from agd_lib.results import row_from_dict
+from agd_lib.storage import sha256
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -530,11 +530,12 @@ class PooledPixels(nn.Module):
 
 @pytest.fixture
 def pooled(monkeypatch: pytest.MonkeyPatch) -> InceptionFeatures:
-    def build(mode: str, device: torch.device, use_dataparallel: bool) -> nn.Module:
-        assert mode == "clean" and device == torch.device("cpu") and not use_dataparallel
+    def load(folder: str, download: bool, resize_inside: bool) -> nn.Module:
+        assert not download and not resize_inside
         return PooledPixels()
 
-    monkeypatch.setattr(cleanfid.features, "build_feature_extractor", build)
+    monkeypatch.setattr("cleanfid.inception_torchscript.InceptionV3W", load)
+    monkeypatch.setattr(agd_lib.evaluation, "fetch_inception", lambda: Path("weights.pt"))
     monkeypatch.setattr(InceptionFeatures, "feature_dim", 12)
     return InceptionFeatures("cpu")
 
@@ -548,12 +549,62 @@ def write_images(folder: Path, count: int, seed: int) -> Path:
     return folder
 
 
-def test_inception_without_the_network_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unreachable(*args: Any, **options: Any) -> None:
-        raise URLError("no route to host")
+class Layers(nn.Module):
+    """2,048 numbers of an image, so that clean-fid takes it for Inception's layers."""
 
-    monkeypatch.setattr("cleanfid.features.build_feature_extractor", unreachable)
-    with pytest.raises(EvaluationError, match=r"could not fetch Inception's weights, .*no route to host"):
+    def forward(self, images: Tensor) -> Tensor:
+        return nn.functional.adaptive_avg_pool2d(images, (32, 64)).mean(dim=1).flatten(1)
+
+
+class Weights(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = Layers()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(images)
+
+
+@pytest.fixture
+def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A TorchScript file where Inception's weights are fetched from, and an empty cache."""
+    path = tmp_path / "server" / "weights.pt"
+    path.parent.mkdir()
+    torch.jit.save(torch.jit.script(Weights()), path)
+    monkeypatch.setattr(agd_lib.evaluation, "INCEPTION_URL", path.with_name("inception-2015-12-05.pt").as_uri())
+    monkeypatch.setattr(agd_lib.evaluation, "INCEPTION_SHA256", sha256(path))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "cache"))
+    return path.rename(path.with_name("inception-2015-12-05.pt"))
+
+
+def test_inception_is_fetched_once_and_sees_pixels_as_clean_fid_scales_them(served: Path) -> None:
+    images = torch.full((2, 3, 8, 8), 192 / 255)
+    features, _ = InceptionFeatures("cpu")(images)
+    torch.testing.assert_close(features, torch.full((2, 2048), (192 - 128) / 128))
+    served.unlink()
+    again, _ = InceptionFeatures("cpu")(images)
+    assert torch.equal(again, features)
+
+
+def test_inception_without_the_network_says_what_is_missing(served: Path, tmp_path: Path) -> None:
+    served.unlink()
+    with pytest.raises(EvaluationError, match=r"could not fetch Inception's weights, .*No such file.*checkpoints"):
+        InceptionFeatures("cpu")
+    assert not list((tmp_path / "cache").rglob("*.pt"))
+
+
+def test_other_bytes_than_inceptions_are_neither_kept_nor_loaded(
+    served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A download that was cut off, an edited file in the cache: nothing of them reaches torch.jit.load."""
+    whole = served.read_bytes()
+    monkeypatch.setattr(torch.jit, "load", lambda *args, **options: pytest.fail("it was loaded"))
+    served.write_bytes(whole[:-1])
+    with pytest.raises(EvaluationError, match=r"could not fetch Inception's weights, .*hash"):
+        InceptionFeatures("cpu")
+    assert not list((tmp_path / "cache" / "checkpoints").iterdir())
+    (tmp_path / "cache" / "checkpoints" / served.name).write_bytes(whole[:-1] + b"!")
+    with pytest.raises(EvaluationError, match=r"is not the file of Inception's weights .* remove it"):
         InceptionFeatures("cpu")
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import resource
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from agd_lib.base_models import BaseModel, load_base
 from agd_lib.errors import AGDError
 from agd_lib.evaluation import _read_kept, load_reference, save_reference
 from agd_lib.reproduce import load_profile
-from agd_lib.storage import write_json, write_tensors
+from agd_lib.storage import MAX_JSON_BYTES, MAX_JSON_VALUES, write_json, write_tensors
 from agd_lib.training import TrainingLog, TrainingSettings, train
 from agd_lib.trajectories import CollectionPlan, TrajectoryStore, _manifest_checksum, collect
 
@@ -95,6 +97,45 @@ def resume(folder: Path, base: BaseModel) -> None:
         list(train(base, adapters, store, SETTINGS, folder))
     finally:
         adapters.remove()
+
+
+READ_JSON = """
+import resource, sys
+from pathlib import Path
+from agd_lib.errors import AGDError
+from agd_lib.storage import read_json
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+before = peak()
+for name in sys.argv[1:]:
+    try:
+        read_json(Path(name), AGDError, "file")
+        print("read")
+    except AGDError as error:
+        print(error)
+print(peak() - before)
+"""
+
+FILLINGS = ("{},", "[],", '{"a":1.5},', '"abcd",', "1.5,", "text")
+
+
+def test_the_memory_that_json_can_take_is_bounded(tmp_path: Path) -> None:
+    """The fullest files that are still read, and ones of more values or bytes."""
+    files = []
+    for number, filling in enumerate(FILLINGS):
+        marks = sum(filling.count(mark) for mark in ",[{")
+        times = MAX_JSON_VALUES // marks - 10 if marks else (MAX_JSON_BYTES - 20) // len(filling)
+        for repeated in (times, times + 20):
+            body = filling * repeated
+            files.append(tmp_path / f"{number}-{repeated}.json")
+            files[-1].write_text('{"a":[' + body.removesuffix(",") + "]}" if marks else '{"a":"' + body + '"}')
+    run = subprocess.run([sys.executable, "-c", READ_JSON, *files], capture_output=True, text=True, check=True)
+    *said, taken = run.stdout.splitlines()
+    assert said[::2] == ["read"] * len(FILLINGS)
+    assert all("expected at most" in line for line in said[1::2])
+    assert int(taken) < 200_000  # KiB
 
 
 READERS: dict[str, tuple[str, Callable[[Path, BaseModel], Any]]] = {

@@ -18,6 +18,7 @@ from diffusers import (
     HeunDiscreteScheduler,
     StableDiffusionImg2ImgPipeline,
 )
+from full_size_models import narrow
 from small_models import randomise
 from small_text_models import build_sd_pipeline, build_sdxl_pipeline
 from torch import Tensor
@@ -28,6 +29,7 @@ from agd_lib.adapters import ADAPTERS
 from agd_lib.attach import find_adapters
 from agd_lib.base_models import BaseModel, Condition, DiTBase, SamplingRun
 from agd_lib.guidance import Guidance, Scale
+from agd_lib.project import ROOT
 
 # diffusers 0.42.1 on NumPy 2, in EulerDiscreteScheduler
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
@@ -355,3 +357,18 @@ def test_operations_on_tiny_dit(tmp_path: Path, kind: str, limit: float) -> None
 def test_operations_on_small_models(base: BaseModel, kind: str, limit: float) -> None:
     """Of the small models SDXL's has the most adapters for its operations, as the true one has."""
     assert added_operations(base, trained(base, kind).attach(base), conditions_of(base), steps=20) <= limit
+
+
+@pytest.mark.parametrize(("name", "model"), [("dit-xl-2-256", "DiT-XL/2"), ("sd21", "SD 2.1"), ("sdxl", "SDXL")])
+def test_operations_in_as_many_blocks_as_the_papers_models_have(name: str, model: str) -> None:
+    """Twenty steps with adapters that see everything; the width of a layer does not change how many operations it takes."""
+    base = narrow(name)
+    base.null_condition = base.blank_condition  # type: ignore[method-assign]  # there is no text encoder
+    shares = []
+    for kind, limit in (("offset", 0.10), ("cross-attention", 0.25), ("modulated", 0.25)):
+        adapters = AdapterSet.create(base, kind, 8).attach(base)
+        shares.append(added_operations(base, adapters, base.blank_condition(2), steps=20))
+        adapters.remove()
+        assert shares[-1] <= limit, kind
+    row = f"| {model} | " + " | ".join(f"+{share:.1%}" for share in shares) + " |"
+    assert row in (ROOT / "README.md").read_text(encoding="utf-8"), row
