@@ -56,6 +56,7 @@ class TrainingVariant:
     Attributes:
         kind: of adapters. share: of the base model's parameters, at most: what is left out elsewhere goes into the size.
         use_timestep, use_condition: what they see.
+        all_sites: False leaves out the layers that the authors' code passes over (in a UNet).
         states: ``"guided"`` (the paper), ``"noised"`` images, or ``"half"`` of each.
         trajectories, collection_steps, kept_steps: of the store; kept_steps of None: all of a trajectory's.
         weighting, num_steps: see :class:`~agd_lib.training.TrainingSettings`.
@@ -65,6 +66,7 @@ class TrainingVariant:
     share: float = 0.05
     use_timestep: bool = True
     use_condition: bool = True
+    all_sites: bool = True
     states: str = "guided"
     trajectories: int = 4_000
     collection_steps: int = 20
@@ -100,6 +102,7 @@ ABLATIONS: dict[str, tuple[TrainingVariant, ...]] = {
         for timestep, condition in ((True, True), (False, True), (True, False), (False, False))
         if condition or kind != "modulated"
     ),
+    "sites": tuple(TrainingVariant(kind=kind, all_sites=all_sites) for kind in KINDS for all_sites in (True, False)),
     "weighting": tuple(
         TrainingVariant(kind=kind, weighting=weighting)
         for kind in KINDS
@@ -111,7 +114,7 @@ ABLATIONS: dict[str, tuple[TrainingVariant, ...]] = {
         replace(_DEFAULT, trajectories=400, collection_steps=1_000, kept_steps=20),  # the paper's number of steps
     ),
 }
-"""Ablation -> what is trained. Each is tried on one base model at a time."""
+"""Ablation -> what is trained. Each is tried on one base model at a time; a DiT has no other ``sites``."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +193,7 @@ def largest_size(
     """Untrained adapters of the largest hidden size that are at most this share of the base model's parameters.
 
     Args:
-        inputs: what they see: see :meth:`AdapterSet.create`.
+        inputs: what they see, and where they are: see :meth:`AdapterSet.create`.
 
     Raises:
         ValueError: if even the smallest are larger.
@@ -217,6 +220,20 @@ def largest_size(
     return made(largest)
 
 
+def adapters_of(base: BaseModel, variant: TrainingVariant, seed: int = 0) -> AdapterSet:
+    """A variant's adapters, untrained."""
+    return largest_size(
+        base,
+        variant.kind,
+        variant.share,
+        PLANS[base.name].guidance_range,
+        seed,
+        use_timestep=variant.use_timestep,
+        use_condition=variant.use_condition,
+        all_sites=variant.all_sites,
+    )
+
+
 def train_variant(base_name: str, run: Path, variant: TrainingVariant, seed: int) -> Path:
     """Train a variant from one seed, unless that is done; returns the folder of the adapters."""
     torch.set_num_threads(1)
@@ -224,8 +241,7 @@ def train_variant(base_name: str, run: Path, variant: TrainingVariant, seed: int
     store, held_out = (
         TrajectoryStore(run / "stores" / name, check=False) for name in (variant.store_name(), "held-out")
     )
-    inputs_seen = {"use_timestep": variant.use_timestep, "use_condition": variant.use_condition}
-    adapters = largest_size(base, variant.kind, variant.share, PLANS[base_name].guidance_range, seed, **inputs_seen)
+    adapters = adapters_of(base, variant, seed)
     settings = replace(SETTINGS, num_steps=variant.num_steps, weighting=variant.weighting, seed=seed)
     inputs = [
         asdict(adapters.config),
@@ -280,12 +296,12 @@ def read_variants(path: Path) -> tuple[list[TrainingRow], list[Row]]:
     Raises:
         AGDError: if it is missing or malformed.
     """
-    found, names = [], {field.name for field in fields(TrainingVariant)}
+    found, names = [], {field.name for field in fields(TrainingVariant)}  # one that is missing has its default
     for number, entry in enumerate(rows_of(path)):
         variant, left, seconds = (entry.get(name) for name in ("variant", "error_left", "train_seconds"))
         if (
             entry.keys() != {field.name for field in fields(TrainingRow)}
-            or not (isinstance(variant, dict) and variant.keys() == names)
+            or not (isinstance(variant, dict) and variant.keys() <= names)
             or not (isinstance(left, list) and all(isinstance(share, float) for share in left))
             or not isinstance(seconds, float)
         ):
@@ -345,6 +361,8 @@ def main() -> None:
     variants = [variant for variant in ABLATIONS[arguments.ablation] if variant.kind in arguments.kinds]
     if not variants:
         parser.error(f"{arguments.ablation} has no variants of the kinds {', '.join(arguments.kinds)}")
+    if arguments.ablation == "sites" and arguments.base == "tiny-dit":
+        parser.error("tiny-dit has one attention layer in each block, and the authors' code adapts them all")
     if arguments.steps is not None:
         variants = [replace(variant, num_steps=arguments.steps) for variant in variants]
     base, name = load_base(arguments.base), arguments.base

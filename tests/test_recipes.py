@@ -18,6 +18,7 @@ from agd_lib.recipes import (
     ABLATIONS,
     TrainingRow,
     TrainingVariant,
+    adapters_of,
     clean_latents,
     collect_for,
     held_out_store,
@@ -58,13 +59,13 @@ def test_every_variant_can_be_made_and_keeps_within_its_share(name: str) -> None
     for variants in ABLATIONS.values():
         assert len(set(variants)) == len(variants)
         for variant in variants:
-            inputs = {"use_timestep": variant.use_timestep, "use_condition": variant.use_condition}
-            adapters = largest_size(base, variant.kind, variant.share, (1.0, 6.0), **inputs)
+            adapters = adapters_of(base, variant)
             share = adapters.num_parameters() / base.num_parameters()
             assert 0.75 * variant.share < share <= variant.share, variant
             assert (adapters.config.timestep_dim is not None) == variant.use_timestep
             sees_condition = (adapters.config.class_dim or adapters.config.prompt_dim) is not None
             assert sees_condition == variant.use_condition
+            assert adapters.config.sites.keys() == base.attention_sites(variant.all_sites).keys()
 
 
 def test_a_share_that_no_adapters_have_is_refused() -> None:
@@ -147,7 +148,10 @@ def test_rows_are_read_back_and_malformed_ones_named(tmp_path: Path) -> None:
     write_variants(path, rows, cfg, "a command", 3.0)
     assert read_variants(path) == (rows, cfg)
     value = read_json(path, AGDError, "ablation")
-    del value["rows"][0]["variant"]["share"]
+    del value["rows"][0]["variant"]["all_sites"]  # as a file that is older than this part
+    write_json(path, value)
+    assert read_variants(path) == (rows, cfg)
+    value["rows"][0]["variant"]["colour"] = "red"
     for broken, complaint in (
         (value, "row 0 is not a variant"),
         (value | {"rows": [3]}, "no list of rows"),

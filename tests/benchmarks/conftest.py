@@ -24,7 +24,7 @@ def comparisons(request: pytest.FixtureRequest) -> list[dict[str, str]]:
 
 @pytest.fixture
 def store_comparisons(request: pytest.FixtureRequest) -> list[dict[str, str]]:
-    """Rows of the second table."""
+    """Rows of the second table, see :func:`in_turn.compare`."""
     return request.config.stash.setdefault(STORE_ROWS, [])
 
 
@@ -32,7 +32,7 @@ def store_comparisons(request: pytest.FixtureRequest) -> list[dict[str, str]]:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     agd_rows, store_rows = (terminalreporter.config.stash.get(key, []) for key in (ROWS, STORE_ROWS))
     if store_rows:
-        terminalreporter.section("collection and reading, in turn in one process")
+        terminalreporter.section("collection, reading and training, in turn in one process")
         _print_table(terminalreporter, store_rows, list(store_rows[0]))
         terminalreporter.write_line("medians over rounds")
     if not agd_rows:
