@@ -208,12 +208,19 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--results", type=Path, default=None, help="by default data/results/<base>-<ablation>.json")
     parser.add_argument("--kinds", nargs="+", default=["modulated"], help="kinds of the shipped adapters")
+    parser.add_argument("--scales", nargs="+", type=float, default=None, help="of the ablation's scales these alone")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--n", type=int, default=None, help="images for each; by default as many as in the study")
     parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
     arguments = parser.parse_args()
     start, n = time.perf_counter(), arguments.n or PLANS[arguments.base].n
-    variants = ABLATIONS[arguments.ablation][arguments.base]
+    variants = [
+        variant
+        for variant in ABLATIONS[arguments.ablation][arguments.base]
+        if arguments.scales is None or variant.scale in arguments.scales
+    ]
+    if not variants:
+        parser.error(f"{arguments.ablation} has no variants of the scales {arguments.scales}")
     rows: list[VariantRow] = []
     with lock_folder(arguments.run):
         for kind, units in itertools.groupby(_units(variants, arguments.kinds, arguments.seeds), lambda unit: unit[0]):
