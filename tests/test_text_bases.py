@@ -344,9 +344,11 @@ def test_a_single_file_that_does_not_tell_its_kind_needs_a_configuration(
     assert asked == [{"config": KNOWN_BASES["sd21"].source, "revision": revision, "dtype": torch.float32}]
 
 
-def single_file_name(part: str, name: str) -> str:
+def single_file_name(part: str, name: str, sdxl: bool = False) -> str:
     """The name in Stable Diffusion's own code of a tensor of diffusers' UNet, autoencoder or text encoder."""
     if part == "text_encoder":
+        if sdxl:
+            return f"conditioner.embedders.0.transformer.text_model.{name.removeprefix('text_model.')}"
         return f"cond_stage_model.transformer.text_model.{name.removeprefix('text_model.')}"
 
     def numbered(pattern: str, place: Callable[..., str]) -> None:
@@ -359,10 +361,12 @@ def single_file_name(part: str, name: str) -> str:
         numbered(r"^down_blocks\.(\d)\.downsamplers\.0\.conv", lambda i: f"input_blocks.{3 * (i + 1)}.0.op")
         numbered(r"^up_blocks\.(\d)\.resnets\.(\d)", lambda i, j: f"output_blocks.{3 * i + j}.0")
         numbered(r"^up_blocks\.(\d)\.attentions\.(\d)", lambda i, j: f"output_blocks.{3 * i + j}.1")
-        numbered(r"^up_blocks\.(\d)\.upsamplers\.0", lambda i: f"output_blocks.{3 * i + 2}.{2 if i else 1}")
+        attends_first = 0 if sdxl else 1  # the first up block with attentions, which come before its upsampler
+        numbered(r"^up_blocks\.(\d)\.upsamplers\.0", lambda i: f"output_blocks.{3 * i + 2}.{1 + (i >= attends_first)}")
         numbered(r"^mid_block\.resnets\.(\d)", lambda j: f"middle_block.{2 * j}")
         numbered(r"^mid_block\.attentions\.0", lambda: "middle_block.1")
         names = {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2"}
+        names |= {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}
         names |= {"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}
         name = next((name.replace(ours, names[ours], 1) for ours in names if name.startswith(ours)), name)
         if "transformer_blocks" not in name:
@@ -395,8 +399,8 @@ def single_file_name(part: str, name: str) -> str:
     return f"first_stage_model.{name}"
 
 
-def open_clip_tensors(text_encoder: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """A text encoder's tensors in OpenCLIP's form, as the files of SD 2.x hold them: queries, keys and values in one."""
+def open_clip_tensors(text_encoder: torch.nn.Module, place: str = "cond_stage_model") -> dict[str, torch.Tensor]:
+    """A text encoder's tensors in OpenCLIP's form, as the files of SD 2.x and SDXL hold them: queries, keys, values in one."""
     tensors = {name.removeprefix("text_model."): value for name, value in text_encoder.state_dict().items()}
     names = {
         "embeddings.token_embedding.weight": "token_embedding.weight",
@@ -415,9 +419,11 @@ def open_clip_tensors(text_encoder: torch.nn.Module) -> dict[str, torch.Tensor]:
         if ".q_proj." in name:
             value = torch.cat([tensors[name.replace(".q_proj.", f".{letter}_proj.")] for letter in "qkv"])
             name = name.replace(".q_proj.", ".in_proj_")
+        if name == "text_projection.weight":
+            name, value = "text_projection", value.T
         for ours, theirs in names.items():
             name = name.replace(ours, theirs)
-        result[f"cond_stage_model.model.{name}"] = value.contiguous()
+        result[f"{place}.model.{name}"] = value.contiguous()
     return result
 
 
@@ -438,6 +444,21 @@ def test_a_single_file_gives_the_same_model_as_its_folder(
     single = load_base(path, config=folders["sd"])
     assert isinstance(base, StableDiffusionBase) and isinstance(single, StableDiffusionBase)
     assert single.prediction_type == "v_prediction" and single.fingerprint() == base.fingerprint()
+    assert torch.equal(final(single, CFG(4.0)), final(base, CFG(4.0)))
+    assert torch.equal(single.decode(noise(2)), base.decode(noise(2)))
+
+
+def test_a_single_file_of_sdxl_gives_the_same_model_as_its_folder(tmp_path: Path, folders: dict[str, Path]) -> None:
+    base = load_base(folders["sdxl"])
+    tensors = open_clip_tensors(base.pipeline.text_encoder_2, "conditioner.embedders.1")
+    for part in ("unet", "vae", "text_encoder"):
+        for name, value in getattr(base.pipeline, part).state_dict().items():
+            tensors[single_file_name(part, name, sdxl=True)] = value.contiguous()
+    path = tmp_path / "model.safetensors"
+    save_file(tensors, path)
+    single = load_base(path, config=folders["sdxl"])
+    assert isinstance(base, StableDiffusionXLBase) and isinstance(single, StableDiffusionXLBase)
+    assert single.prediction_type == "epsilon" and single.fingerprint() == base.fingerprint()
     assert torch.equal(final(single, CFG(4.0)), final(base, CFG(4.0)))
     assert torch.equal(single.decode(noise(2)), base.decode(noise(2)))
 
