@@ -19,7 +19,9 @@ from .scenes import caption, draw_scene
 
 COCO_URL = "http://images.cocodataset.org/annotations/annotations_trainval2017.zip"
 COCO_MD5 = "f4bbac642086de4f52a3fdda2de5fa2c"
-COCO_MEMBER = "annotations/captions_train2017.json"
+COCO_MEMBERS = {"coco": "annotations/captions_train2017.json", "coco-val": "annotations/captions_val2017.json"}
+"""In the archive: the captions of the training images, which the paper trains on, and of the validation images, which its FID
+is measured against."""
 COCO_FOLDER = RUNS / "coco-2017"
 """Where the captions' archive (241 MB) is kept once it has been fetched."""
 
@@ -69,10 +71,11 @@ def read_prompts(path: str | Path, base: StableDiffusionBase | None = None) -> l
 
 
 def prompts_from(source: str, count: int, seed: int, base: StableDiffusionBase | None = None) -> list[str]:
-    """Prompts by one word: ``"scenes"`` (:func:`scene_prompts`), ``"coco"`` (:func:`coco_prompts`), or a file's, all of them.
+    """Prompts by one word: ``"scenes"`` (:func:`scene_prompts`), ``"coco"`` or ``"coco-val"`` (:func:`coco_prompts`), or a
+    file's, all of them.
 
     Args:
-        source: one of the two, or a path for :func:`read_prompts`, from the repository. count, seed: of the first two.
+        source: one of the three, or a path for :func:`read_prompts`, from the repository. count, seed: of the first three.
         base: see :func:`read_prompts`.
 
     Raises:
@@ -80,7 +83,9 @@ def prompts_from(source: str, count: int, seed: int, base: StableDiffusionBase |
     """
     if source == "scenes":
         return scene_prompts(count, seed)
-    return coco_prompts(count, seed) if source == "coco" else read_prompts(repository_path(source), base)
+    if source in COCO_MEMBERS:
+        return coco_prompts(count, seed, source)
+    return read_prompts(repository_path(source), base)
 
 
 def _problem(prompt: str, base: StableDiffusionBase | None) -> str | None:
@@ -95,10 +100,11 @@ def _problem(prompt: str, base: StableDiffusionBase | None) -> str | None:
     return None
 
 
-def coco_prompts(count: int = 500, seed: int = 0, folder: str | Path = COCO_FOLDER) -> list[str]:
-    """Captions drawn from those of COCO-2017's training images (the paper: 500), all equally likely, none twice.
+def coco_prompts(count: int = 500, seed: int = 0, source: str = "coco", folder: str | Path = COCO_FOLDER) -> list[str]:
+    """Captions of COCO-2017's images (the paper: 500 of the training images'), all equally likely, none twice.
 
     Args:
+        source: whose captions: a name in :data:`COCO_MEMBERS`.
         folder: where the archive of annotations is, or is fetched to (241 MB, once).
 
     Raises:
@@ -112,19 +118,19 @@ def coco_prompts(count: int = 500, seed: int = 0, folder: str | Path = COCO_FOLD
             f"could not fetch COCO's captions from {COCO_URL}: {error}. Fetch that file to {archive} yourself, or give "
             "prompts of your own"
         ) from error
-    captions = _read_captions(archive)
+    captions = _read_captions(archive, COCO_MEMBERS[source])
     if not 1 <= count <= len(captions):
         raise PromptError(f"got count = {count}, expected 1 to {len(captions):,}, as many as there are captions")
     return random.Random(seed).sample(captions, count)
 
 
-def _read_captions(archive: Path) -> list[str]:
+def _read_captions(archive: Path, member: str) -> list[str]:
     """Every caption, in the order of the annotations' numbers; nothing is unpacked to the disk."""
     try:
         with zipfile.ZipFile(archive) as file:
-            if file.getinfo(COCO_MEMBER).file_size > MAX_COCO_BYTES:
-                raise ValueError(f"{COCO_MEMBER} is larger than {MAX_COCO_BYTES:,} bytes")
-            annotations = json.loads(file.read(COCO_MEMBER))["annotations"]
+            if file.getinfo(member).file_size > MAX_COCO_BYTES:
+                raise ValueError(f"{member} is larger than {MAX_COCO_BYTES:,} bytes")
+            annotations = json.loads(file.read(member))["annotations"]
         by_number = {int(annotation["id"]): str(annotation["caption"]) for annotation in annotations}
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise PromptError(f"{archive} is not COCO's archive of annotations ({error}): remove it") from error

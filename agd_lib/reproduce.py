@@ -55,6 +55,7 @@ from .base_models import KNOWN_BASES
 from .budget import environment_report, format_seconds
 from .errors import AGDError
 from .project import DATA, ROOT, display_path, find_folder, repository_path
+from .prompts import COCO_MEMBERS
 from .report import write_report
 from .results import Row, markdown_table, read_results, write_results
 from .storage import lock_folder, sha256, write_json, writing
@@ -555,7 +556,9 @@ def _check_files(profile: Profile) -> None:
     given = [profile.parameters, *profile.exceptions.values()]
     for name, what in FILES.items():
         for path in {
-            str(values[name]) for values in given if values.get(name) not in (None, "", "shapes", "scenes", "coco")
+            str(values[name])
+            for values in given
+            if values.get(name) not in (None, "", "shapes", "scenes", *COCO_MEMBERS)
         }:
             if not repository_path(path).exists():
                 raise ReproduceError(

@@ -17,7 +17,7 @@ import agd_lib.prompts as prompts
 from agd_lib.base_models import StableDiffusionBase, base_from_pipeline
 from agd_lib.errors import PromptError
 from agd_lib.project import ROOT
-from agd_lib.prompts import COCO_MEMBER, coco_prompts, prompts_from, read_prompts, scene_prompts
+from agd_lib.prompts import COCO_MEMBERS, coco_prompts, prompts_from, read_prompts, scene_prompts
 from agd_lib.scenes import asked, draw_scene, read_caption
 from agd_lib.study import MEASURING_PROMPTS, TRAINING_PROMPTS
 from agd_lib.tiny import TRAIN_SEED
@@ -112,7 +112,7 @@ def test_any_bytes_at_all_are_prompts_or_a_prompt_error(tmp_path: Path, content:
 # COCO --------------------------------------------------------------------------------------------------------------
 
 
-def write_archive(folder: Path, value: Any, member: str = COCO_MEMBER) -> None:
+def write_archive(folder: Path, value: Any, member: str = COCO_MEMBERS["coco"]) -> None:
     with zipfile.ZipFile(folder / "annotations_trainval2017.zip", "w") as file:
         file.writestr(member, value if isinstance(value, str) else json.dumps(value))
 
@@ -128,11 +128,19 @@ def coco(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_captions_are_drawn_by_seed_without_repetition_and_tidied(coco: Path) -> None:
     assert sorted(coco_prompts(20, folder=coco)) == sorted(f"Caption {i + 1}." for i in range(20))
-    assert coco_prompts(5, 3, coco) == coco_prompts(5, 3, coco) != coco_prompts(5, 4, coco)
+    assert coco_prompts(5, 3, folder=coco) == coco_prompts(5, 3, folder=coco) != coco_prompts(5, 4, folder=coco)
+
+
+def test_validation_captions_are_others(coco: Path) -> None:
+    with zipfile.ZipFile(coco / "annotations_trainval2017.zip", "a") as file:
+        captions = {"annotations": [{"id": 1, "image_id": 7, "caption": "Of a validation image."}]}
+        file.writestr("annotations/captions_val2017.json", json.dumps(captions))
+    assert coco_prompts(1, source="coco-val", folder=coco) == ["Of a validation image."]
+    assert "Of a validation image." not in coco_prompts(20, folder=coco)
 
 
 def test_all_captions_are_equally_likely(coco: Path) -> None:
-    counts = Counter(prompt for seed in range(400) for prompt in coco_prompts(5, seed, coco))
+    counts = Counter(prompt for seed in range(400) for prompt in coco_prompts(5, seed, folder=coco))
     assert len(counts) == 20 and 60 < min(counts.values()) <= max(counts.values()) < 145  # 100 each, sd 8.7
 
 
@@ -168,10 +176,11 @@ def test_without_a_network_the_way_out_is_told(tmp_path: Path, monkeypatch: pyte
 
 
 def test_prompts_by_one_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prompts, "coco_prompts", lambda count, seed: [f"caption of {seed}"] * count)
+    monkeypatch.setattr(prompts, "coco_prompts", lambda count, seed, source: [f"{source} {seed}"] * count)
     (tmp_path / "mine.txt").write_text("a cat\na dog\na horse\n")
     assert prompts_from("scenes", 3, 7) == scene_prompts(3, 7)
-    assert prompts_from("coco", 3, 7) == ["caption of 7"] * 3
+    assert prompts_from("coco", 3, 7) == ["coco 7"] * 3
+    assert prompts_from("coco-val", 3, 7) == ["coco-val 7"] * 3
     assert prompts_from(str(tmp_path / "mine.txt"), 2, 7) == ["a cat", "a dog", "a horse"]
     with pytest.raises(PromptError, match=r"no prompts at .*nothing"):
         prompts_from("nothing", 2, 7)
