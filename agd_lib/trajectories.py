@@ -131,8 +131,13 @@ def draw_trajectory(plan: CollectionPlan, index: int) -> TrajectoryDraw:
     return TrajectoryDraw(scale, tuple(sorted(order.tolist())), generator)
 
 
-def collect_batch(base: BaseModel, plan: CollectionPlan, indices: Sequence[int]) -> dict[str, Tensor]:
+def collect_batch(
+    base: BaseModel, plan: CollectionPlan, indices: Sequence[int], conditions: Condition | None = None
+) -> dict[str, Tensor]:
     """Algorithm 1 for a batch of trajectories: draw w, run the CFG-guided sampler from noise, record its states.
+
+    Args:
+        conditions: ``base.encode(plan.conditions)``, on any device; None: encoded here.
 
     Returns:
         Rows in the order of the trajectories, then of the steps: ``latents`` (as the denoiser saw them, after the
@@ -145,7 +150,8 @@ def collect_batch(base: BaseModel, plan: CollectionPlan, indices: Sequence[int])
     for row, draw in enumerate(draws):
         kept[row, list(draw.kept_steps)] = True
     condition_indices = torch.tensor([index % len(plan.conditions) for index in indices])
-    condition = base.encode([plan.conditions[i] for i in condition_indices.tolist()])
+    conditions = base.encode(plan.conditions) if conditions is None else conditions
+    condition = {name: value[condition_indices.to(value.device)].to(base.device) for name, value in conditions.items()}
     scales = torch.tensor([draw.guidance_scale for draw in draws], dtype=torch.float32, device=base.device)
     generators = [draw.generator for draw in draws]
     latents = initial_latents(base, generators)
@@ -196,7 +202,8 @@ def collect(
     process: the same noise, scales and timesteps to the bit, the same states within float tolerance. What one process has
     finished stays when another one dies.
 
-    Memory grows with ``batch_size`` and with one shard's rows, not with the number of trajectories.
+    Memory grows with ``batch_size``, with one shard's rows and with the distinct conditions (encoded once, and kept on the
+    CPU), not with the number of trajectories.
 
     Args:
         base: in float32, so that the targets are exact: towards high noise the guidance signal is smaller than
@@ -214,6 +221,7 @@ def collect(
     """
     folder = Path(folder)
     _check_plan(base, plan)
+    conditions = {name: value.cpu() for name, value in base.encode(plan.conditions).items()}  # once for all
     header = _header(base, plan)
     there = _store_of(folder, header)
     if there is not None and there.complete:
@@ -222,14 +230,14 @@ def collect(
     processes = PartialState(cpu=base.device.type == "cpu")
     with lock_folder(folder) if processes.is_main_process else nullcontext():
         if processes.is_main_process:
-            _begin(base, plan, folder, header)
+            _begin(conditions, folder, header)
         processes.wait_for_everyone()
         listed = len(read_manifest(folder)["shards"])
         mine = range(processes.process_index, plan.num_shards, processes.num_processes)
         missing = [shard for shard in mine if shard >= listed and _noted(folder, shard) is None]
         processes.wait_for_everyone()  # nobody lists shards while another one looks which are missing
         for shard in missing:
-            entry = _collect_shard(base, plan, folder, shard, batch_size, progress)
+            entry = _collect_shard(base, plan, conditions, folder, shard, batch_size, progress)
             write_json(_note(folder, shard), entry)  # only now that the shard is whole
             if processes.is_main_process:
                 _list_shards(folder)
@@ -260,13 +268,13 @@ def _store_of(folder: Path, header: dict[str, Any]) -> TrajectoryStore | None:
     return TrajectoryStore(folder)
 
 
-def _begin(base: BaseModel, plan: CollectionPlan, folder: Path, header: dict[str, Any]) -> None:
+def _begin(conditions: Condition, folder: Path, header: dict[str, Any]) -> None:
     """Make sure of a manifest: of the store that is there, with every shard listed that is whole, or of a new one."""
     if (folder / MANIFEST).exists():
         _list_shards(folder)
         _store_of(folder, header)  # looked at again, now that nobody else can change it
     else:
-        write_tensors(folder / CONDITIONS, base.encode(plan.conditions))
+        write_tensors(folder / CONDITIONS, conditions)
         _write_manifest(folder, {**header, "shards": [], "conditions_sha256": sha256(folder / CONDITIONS)})
 
 
@@ -306,7 +314,13 @@ def _remove_notes(folder: Path, num_listed: int) -> None:
 
 
 def _collect_shard(
-    base: BaseModel, plan: CollectionPlan, folder: Path, shard: int, batch_size: int, progress: bool
+    base: BaseModel,
+    plan: CollectionPlan,
+    conditions: Condition,
+    folder: Path,
+    shard: int,
+    batch_size: int,
+    progress: bool,
 ) -> dict[str, Any]:
     """Collect and write one shard; returns its entry in the manifest."""
     first = shard * plan.trajectories_per_shard
@@ -314,7 +328,7 @@ def _collect_shard(
     starts = range(0, len(indices), batch_size)
     batches = []
     for start in tqdm(starts, desc=f"collect {shard + 1}/{plan.num_shards}", disable=not progress):
-        batch = collect_batch(base, plan, indices[start : start + batch_size])
+        batch = collect_batch(base, plan, indices[start : start + batch_size], conditions)
         batches.append(batch | {name: batch[name].to(_DTYPES[plan.dtype]) for name in ("latents", "target")})
     rows = {name: torch.cat([batch.pop(name) for batch in batches]) for name in list(batches[0])}
     _check_finite(rows, indices)
@@ -353,7 +367,6 @@ def _check_plan(base: BaseModel, plan: CollectionPlan) -> None:
             f"got a base model in {base.dtype}, expected torch.float32: where noise is high, guidance adds less than its "
             "rounding errors, and a student would learn those. Load it with dtype=torch.float32"
         )
-    base.encode(plan.conditions)
     channels, steps = base.latent_shape[0], plan.num_inference_steps
     if (plan.guided_channels or 1) > channels:
         raise ValueError(

@@ -230,6 +230,16 @@ def test_names_and_labels_are_the_same_conditions(base: DiTBase) -> None:
     assert torch.equal(by_name["target"], by_label["target"])
 
 
+def test_conditions_are_encoded_once_for_all_batches(
+    dit_base: DiTBase, collected: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded, encode = [], dit_base.encode
+    monkeypatch.setattr(dit_base, "encode", lambda conditions: encoded.append(list(conditions)) or encode(conditions))
+    collect(dit_base, a_plan(), tmp_path / "store", batch_size=2, progress=False)
+    assert encoded == [list(a_plan().conditions)]
+    assert contents(tmp_path / "store") == contents(collected)
+
+
 def test_recorded_latents_are_what_the_denoiser_saw_where_the_scheduler_scales_its_input(dit_base: DiTBase) -> None:
     dit_base.scheduler = EulerDiscreteScheduler.from_config(dit_base.scheduler.config, timestep_spacing="leading")
     seen: dict[int, torch.Tensor] = {}
@@ -799,7 +809,7 @@ def test_shards_that_are_whole_but_not_listed_are_taken_and_damaged_ones_are_mad
     edited(lambda manifest: manifest["shards"].__delitem__(slice(1, None)))(tmp_path / "store")
     flip("shard-00002.safetensors")(tmp_path / "store")
     begun, one_shard = [], agd_lib.trajectories._collect_shard
-    monkeypatch.setattr(agd_lib.trajectories, "_collect_shard", lambda *args: begun.append(args[3]) or one_shard(*args))
+    monkeypatch.setattr(agd_lib.trajectories, "_collect_shard", lambda *args: begun.append(args[4]) or one_shard(*args))
     collect(base, a_plan(), tmp_path / "store", batch_size=2, progress=False)
     assert begun == [2]
     assert contents(tmp_path / "store") == contents(collected)
@@ -838,12 +848,12 @@ from agd_lib.trajectories import CollectionPlan, collect
 base, plan, dies_at = load_base(sys.argv[1]), CollectionPlan(**json.loads(sys.argv[3])), int(sys.argv[4])
 one_shard = trajectories._collect_shard
 
-def counted(base, plan, folder, shard, *arguments):
+def counted(base, plan, conditions, folder, shard, *arguments):
     if shard == dies_at:
         os.kill(os.getpid(), signal.SIGKILL)
     with open(f"{sys.argv[2]}-collected-{os.environ['RANK']}", "a") as file:
         file.write(f"{shard} ")
-    return one_shard(base, plan, folder, shard, *arguments)
+    return one_shard(base, plan, conditions, folder, shard, *arguments)
 
 trajectories._collect_shard = counted
 store = collect(base, plan, sys.argv[2], batch_size=2, progress=False)
