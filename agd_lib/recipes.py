@@ -24,7 +24,7 @@ from torch import Tensor
 from .attach import AdapterSet
 from .base_models import BaseModel, StableDiffusionBase, load_base
 from .errors import AGDError
-from .guidance import AGD, CFG, Unguided
+from .guidance import AGD, CFG, GuidanceInterval, Unguided
 from .influence import influence_of
 from .project import DATA
 from .results import Row, Summary, cell, row_from_dict, summarise
@@ -60,6 +60,7 @@ class TrainingVariant:
         states: ``"guided"`` (the paper), ``"noised"`` images, or ``"half"`` of each.
         trajectories, collection_steps, kept_steps: of the store; kept_steps of None: all of a trajectory's.
         weighting, num_steps: see :class:`~agd_lib.training.TrainingSettings`.
+        guided_to: the highest timestep at which the images are guided in measuring; None: guided at all.
     """
 
     kind: str = "modulated"
@@ -73,6 +74,7 @@ class TrainingVariant:
     kept_steps: int | None = None
     weighting: str = "endpoint"
     num_steps: int = 1_000
+    guided_to: int | None = None
 
     def store_name(self) -> str:
         """Variants of one name are trained on the same store."""
@@ -107,6 +109,9 @@ ABLATIONS: dict[str, tuple[TrainingVariant, ...]] = {
         TrainingVariant(kind=kind, weighting=weighting)
         for kind in KINDS
         for weighting in ("none", "timestep", "endpoint")
+    ),
+    "noisiest": tuple(
+        replace(_DEFAULT, weighting=weighting, guided_to=to) for weighting in ("endpoint", "none") for to in (None, 800)
     ),
     "thrift": (
         *(replace(_DEFAULT, trajectories=trajectories, kept_steps=kept) for trajectories, kept in _THRIFT),
@@ -279,7 +284,14 @@ def measure_variant(
     unguided = measure(base, Unguided(), *how, run / "rows")
     cfg = measure(base, CFG(scale), *how, run / "rows")
     adapters = AdapterSet.from_pretrained(folder).attach(base)
-    row = measure(base, AGD(adapters, scale), *how, run / "rows" / folder.name, unguided, cfg).row
+    schedule: float | GuidanceInterval = scale
+    keep = run / "rows" / folder.name
+    if variant.guided_to is not None:
+        schedule, keep = (
+            GuidanceInterval(scale, -1, variant.guided_to),
+            keep.with_name(f"{keep.name}-to-{variant.guided_to}"),
+        )
+    row = measure(base, AGD(adapters, schedule), *how, keep, unguided, cfg).row
     note = read_json(folder.with_suffix(".json"), AGDError, "training note")
     return TrainingRow(variant, row, tuple(note["error_left"]), note["train_seconds"])
 

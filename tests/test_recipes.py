@@ -122,6 +122,8 @@ def test_a_variant_is_trained_once_and_measured_against_cfg(run: Path, monkeypat
     assert (mine.row.method, mine.row.nfe, mine.row.scale, mine.row.seed) == ("agd offset", 20, 3.0, 1)
     assert mine.row.endpoint_mse_ratio is not None and 0.5 < mine.row.endpoint_mse_ratio < 1.2
     assert abs(mine.row.endpoint_mse_ratio - 1) > 1e-6  # three steps have hardly begun, but they have
+    low_noise_only = measure_variant("tiny-dit", run, replace(SMALL, guided_to=-1), 3.0, 1, N).row
+    assert abs(low_noise_only.endpoint_mse_ratio - 1) < abs(mine.row.endpoint_mse_ratio - 1)  # told w = 1 everywhere
     base, held_out = load_base("tiny-dit"), held_out_store(load_base("tiny-dit"), run)
     adapters = AdapterSet.from_pretrained(folder)
     errors, low = state_errors(base, adapters, held_out), held_out.column("timestep") < 100
