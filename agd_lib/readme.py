@@ -150,6 +150,11 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "tiny-sd21-transfer": transfer_table,
     "tiny-dit-thrift": recipe_table,
     "tiny-dit-states": recipe_table,
+    "tiny-dit-weighting": recipe_table,
+    "tiny-dit-noisiest": recipe_table,
+    "tiny-dit-size": recipe_table,
+    "tiny-dit-inputs": recipe_table,
+    "tiny-sd21-sites": recipe_table,
     "speed": speed_table,
 }
 """How the table of each file is made."""
