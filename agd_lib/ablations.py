@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,15 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
 from . import study
-from .attach import AdapterSet
-from .base_models import load_base
+from .attach import WEIGHTS_NAME, AdapterSet
+from .base_models import BaseModel, load_base
 from .errors import AGDError
 from .guidance import AGD, CFG, GuidanceInterval, Unguided
 from .project import DATA
+from .recipes import held_out_store
 from .results import ResultsError, Row, Summary, best_scale, cell, row_from_dict, summarise
-from .storage import lock_folder, write_json
+from .storage import key_of, lock_folder, read_tensors, sha256, write_json, write_tensors
+from .strength import strength_gains
 from .study import PLANS, SEEDS, in_parallel, provenance, rows_of
 
 SAMPLERS: dict[str, Any] = {
@@ -48,12 +51,14 @@ class Variant:
     Attributes:
         scale: guidance scale. interval: timesteps from and to which it holds, 1 outside; None: everywhere.
         sampler: a name in :data:`SAMPLERS`. steps: of the sampler.
+        strengthened: adapters have their strength restored (:mod:`agd_lib.strength`).
     """
 
     scale: float
     interval: tuple[int, int] | None = None
     sampler: str = "DDIM"
     steps: int = 20
+    strengthened: bool = False
 
     def schedule(self) -> float | GuidanceInterval:
         """What CFG and AGD take as their scale."""
@@ -75,6 +80,14 @@ ABLATIONS: dict[str, dict[str, tuple[Variant, ...]]] = {
         "tiny-sd21": _intervals(INTERVALS[:1], 2.0, 3.0, 5.0),
         "tiny-sdxl": _intervals(INTERVALS[:1], 2.0, 3.0, 5.0),
     },
+    "strength": {
+        name: tuple(Variant(scale, strengthened=more) for more in (False, True) for scale in scales)
+        for name, scales in (
+            ("tiny-dit", (1.5, 2.0, 2.5, 3.0, 4.0, 6.0)),
+            ("tiny-sd21", (2.0, 3.0, 5.0)),
+            ("tiny-sdxl", (2.0, 3.0, 5.0)),
+        )
+    },
     "sampler": {
         name: tuple(
             Variant(scale, sampler=sampler, steps=steps) for sampler in SAMPLERS for steps in (5, 10, 20, 50, 100)
@@ -87,7 +100,8 @@ ABLATIONS: dict[str, dict[str, tuple[Variant, ...]]] = {
         "tiny-sdxl": tuple(Variant(scale) for scale in (0.5, 1.5, 2.5, 4.0, 6.0, 12.0, 16.0)),
     },
 }
-"""Ablation -> base model -> what is measured. ``scale``: between and beyond the scales that the adapters were trained on."""
+"""Ablation -> base model -> what is measured. ``scale``: between and beyond the scales that the adapters were trained on.
+``strength``: the adapters as they are, and with what they lack of the guidance's strength made up for."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +110,18 @@ class VariantRow:
 
     variant: Variant
     row: Row
+
+
+def strengthened(base: BaseModel, adapters: AdapterSet, run: Path) -> AdapterSet:
+    """The shipped adapters with their strength restored, by held-out trajectories that are kept in the run's folder."""
+    weights = DATA / base.name / "adapters" / adapters.config.kind / WEIGHTS_NAME
+    path = run / f"strength-{key_of([sha256(weights), base.fingerprint()])}.safetensors"
+    if not path.is_file():
+        gains = strength_gains(base, adapters, held_out_store(base, run))
+        write_tensors(path, {"gains": torch.tensor(gains)})
+    gains = tuple(read_tensors(path, AGDError, "strength")["gains"].tolist())
+    adapters.config = replace(adapters.config, strength=gains)
+    return adapters
 
 
 def measure(base_name: str, run: Path, kind: str, variant: Variant, seed: int, n: int) -> VariantRow:
@@ -120,6 +146,8 @@ def measure(base_name: str, run: Path, kind: str, variant: Variant, seed: int, n
     if kind == "cfg":
         return VariantRow(variant, cfg.row)
     adapters = AdapterSet.from_pretrained(DATA / base.name / "adapters" / kind).attach(base)
+    if variant.strengthened:
+        adapters, place = strengthened(base, adapters, run), place / "strengthened"
     return VariantRow(variant, study.measure(base, AGD(adapters, variant.schedule()), *how, place, unguided, cfg).row)
 
 
@@ -141,10 +169,10 @@ def read_ablation(path: Path) -> list[VariantRow]:
         if (
             value.keys() != {"variant", "row"}
             or not isinstance(value["variant"], dict)
-            or value["variant"].keys() != names
+            or not {"scale"} <= value["variant"].keys() <= names
         ):
             raise AGDError(f"{path}, row {number} is not a variant and its row: measure it again")
-        interval = value["variant"]["interval"]
+        interval = value["variant"].get("interval")
         variant = Variant(**(value["variant"] | {"interval": None if interval is None else tuple(interval)}))
         found.append(VariantRow(variant, row_from_dict(value["row"], f"{path}, row {number}")))
     return found
@@ -190,6 +218,34 @@ def interval_table(rows: Sequence[VariantRow]) -> str:
     return "\n".join(lines)
 
 
+def strength_table(rows: Sequence[VariantRow]) -> str:
+    """CFG and the adapters, as they are and with their strength restored, at every scale, as a Markdown table.
+
+    Mean ± standard deviation over seeds; "FD against CFG" is the difference to the lowest mean of CFG.
+
+    Raises:
+        ResultsError: if there is no CFG among the rows.
+    """
+    cfg = [row.row for row in rows if row.row.method == "cfg"]
+    if not cfg:
+        raise ResultsError("got no rows of CFG, expected what the others are compared with")
+    lowest = min(summary.mean["fd"] or math.inf for summary in summarise(cfg))
+    columns = ("fd", "precision", "recall", "condition_accuracy", "endpoint_mse_ratio")
+    lines = [
+        "| method | strength | w | NFE | FD | FD against CFG | precision | recall | accuracy | endpoint error |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for more in (False, True):
+        for each in summarise([row.row for row in rows if row.variant.strengthened == more]):
+            strength = "" if not each.method.startswith("agd") else "restored" if more else "as trained"
+            fd, *others = (cell(each.mean[name], each.deviation[name], 3) for name in columns)
+            change = (each.mean["fd"] or math.inf) / lowest - 1
+            lines.append(
+                f"| {each.method} | {strength} | {each.scale:g} | {each.nfe:g} | {fd} | {change:+.1%} | {' | '.join(others)} |"
+            )
+    return "\n".join(lines)
+
+
 def _units(
     variants: Sequence[Variant], kinds: Sequence[str], seeds: Sequence[int]
 ) -> Iterator[tuple[str, Variant, int]]:
@@ -197,7 +253,8 @@ def _units(
     samplings = dict.fromkeys((variant.sampler, variant.steps) for variant in variants)
     plain = [Variant(1.0, sampler=sampler, steps=steps) for sampler, steps in samplings]
     yield from itertools.product(["unguided"], plain, seeds)
-    for kind in ("cfg", *kinds):
+    yield from itertools.product(["cfg"], [variant for variant in variants if not variant.strengthened], seeds)
+    for kind in kinds:
         yield from itertools.product([kind], variants, seeds)
 
 
@@ -223,6 +280,13 @@ def main() -> None:
         parser.error(f"{arguments.ablation} has no variants of the scales {arguments.scales}")
     rows: list[VariantRow] = []
     with lock_folder(arguments.run):
+        if any(variant.strengthened for variant in variants):  # before two workers want it
+            base = load_base(arguments.base)
+            for kind in arguments.kinds:
+                adapters = AdapterSet.from_pretrained(DATA / base.name / "adapters" / kind).attach(base)
+                gains = strengthened(base, adapters, arguments.run).config.strength
+                print(f"{kind}: w - 1 times {', '.join(f'{gain:.2f}' for gain in gains)}")
+                adapters.remove()
         for kind, units in itertools.groupby(_units(variants, arguments.kinds, arguments.seeds), lambda unit: unit[0]):
             calls = [(arguments.base, arguments.run, *unit, n) for unit in units]
             rows += in_parallel(arguments.workers, kind, measure, calls)

@@ -55,6 +55,8 @@ class AdapterConfig:
         base_name, base_revision, base_fingerprint, prediction_type: the base model trained on.
         guided_channels: latent channels that the teacher guided.
         scale_multiplier, noise_ranges: see :class:`agd_lib.adapters.AdapterSizes`.
+        strength: gains of equal ranges of noise levels, from the cleanest: a scale w is taken for 1 + (w - 1) * gain; see
+            :func:`agd_lib.strength.strength_gains`. Empty: w is taken as it is.
     """
 
     kind: str
@@ -73,6 +75,7 @@ class AdapterConfig:
     noise_ranges: int = 1
     timestep_sites: dict[str, int] = field(default_factory=dict)
     negative_dim: int | None = None
+    strength: tuple[float, ...] = ()
     format_version: int = FORMAT_VERSION
     library_version: str = field(default_factory=lambda: _library_version())
 
@@ -478,6 +481,10 @@ class AdapterSet(nn.Module):
     def _compute(self, timestep: Tensor, condition: Condition, scale: Tensor) -> LayerConditions:
         """Of one forward pass: timestep and scale are (B,). Of T passes: (T, 1) and (T, B), and T comes first in all."""
         assert self._base is not None
+        if self.config.strength:
+            gains = torch.tensor(self.config.strength, device=scale.device)
+            ranges = (timestep * len(gains) / self._base.num_train_timesteps).long().clamp(0, len(gains) - 1)
+            scale = 1 + (scale - 1) * gains[ranges.to(gains.device)]
         inputs = self._base.adapter_inputs(timestep, condition, scale).to(next(self.parameters()).dtype)
         if self.shared is not None:
             inputs = self.shared(inputs)
@@ -715,6 +722,10 @@ def default_card(config: AdapterConfig) -> str:
     )
 
 
+_NEWER_FIELDS = {"timestep_sites", "negative_dim", "strength"}
+"""Fields that configs of older versions do not have."""
+
+
 def config_from_dict(values: Mapping[str, Any], origin: Path) -> AdapterConfig:
     """Check and build an :class:`AdapterConfig` from parsed JSON.
 
@@ -722,7 +733,7 @@ def config_from_dict(values: Mapping[str, Any], origin: Path) -> AdapterConfig:
         AdapterError: naming the field that is missing, unknown or out of range.
     """
     fields = AdapterConfig.__dataclass_fields__
-    missing, unknown = fields.keys() - values.keys() - {"timestep_sites", "negative_dim"}, values.keys() - fields.keys()
+    missing, unknown = fields.keys() - values.keys() - _NEWER_FIELDS, values.keys() - fields.keys()
     if values.get("format_version") != FORMAT_VERSION:
         raise AdapterError(
             f"{origin} has adapter format version {values.get('format_version')!r}, this library reads {FORMAT_VERSION}"
@@ -740,7 +751,8 @@ def config_from_dict(values: Mapping[str, Any], origin: Path) -> AdapterConfig:
     if problems:
         raise AdapterError(f"the adapter config in {origin} is malformed: {'; '.join(problems)[:500]}")
     low, high = values["guidance_range"]
-    return AdapterConfig(**{**values, "guidance_range": (float(low), float(high))})
+    strength = tuple(float(gain) for gain in values.get("strength", ()))
+    return AdapterConfig(**{**values, "guidance_range": (float(low), float(high)), "strength": strength})
 
 
 def _is_text(value: Any) -> bool:
@@ -761,6 +773,14 @@ def _is_range(value: Any) -> bool:
         and len(value) == 2
         and all(_is_number(bound) for bound in value)
         and 0 <= value[0] <= value[1]
+    )
+
+
+def _are_gains(value: Any) -> bool:
+    return (
+        isinstance(value, list | tuple)
+        and len(value) <= 1_000
+        and all(_is_number(gain) and gain >= 0 for gain in value)
     )
 
 
@@ -801,6 +821,7 @@ _CONFIG_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "guidance_range": (_is_range, "[w_min, w_max] with 0 <= w_min <= w_max"),
     "scale_multiplier": (_is_number, "a number"),
     "noise_ranges": (_is_number_of_ranges, "a whole number from 1 to 100"),
+    "strength": (_are_gains, "at most 1,000 numbers, none negative"),
     "format_version": (_is_size, "a version number"),
     "base_revision": (lambda value: value is None or _is_text(value), "a text or null"),
 }

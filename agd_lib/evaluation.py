@@ -488,9 +488,13 @@ def _inputs(
     """Everything that a measurement depends on, as JSON would give it back."""
     kind, _, scale, _ = describe(guidance)
     schedule = getattr(guidance, "scale", None)
-    interval = {"interval": [schedule.low, schedule.high]} if isinstance(schedule, GuidanceInterval) else {}
+    special: dict[str, Any] = {}  # what only some measurements have, so that those of others keep their inputs
+    if isinstance(schedule, GuidanceInterval):
+        special["interval"] = [schedule.low, schedule.high]
+    if isinstance(guidance, AGD) and guidance.adapters.config.strength:
+        special["strength"] = list(guidance.adapters.config.strength)
     return (
-        interval
+        special
         | {
             "base": base.fingerprint(),
             "scheduler": _digest(sorted(f"{k}={v}" for k, v in base.scheduler.config.items() if not k.startswith("_"))),

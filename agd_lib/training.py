@@ -270,7 +270,7 @@ def train(
             about a forward pass more a step, and the same gradients. :mod:`agd_lib.memory` predicts both.
 
     Raises:
-        ValueError: if the batch cannot be shared out evenly among the processes.
+        ValueError: if the batch cannot be shared out evenly among the processes, or the adapters' strength was restored.
         StoreError: if the store is incomplete, of another base model, or its guidance range or its number of guided
             channels is not the adapters', or it has negative prompts and the adapters do not see them, or the reverse.
         CheckpointError: if a checkpoint is damaged or of other settings, or the loss or a weight becomes NaN or infinite.
@@ -296,6 +296,10 @@ def train(
         raise StoreError(
             f"{store.folder} was collected {'with' if NEGATIVE in store.conditions else 'without'} negative prompts, and the "
             f"adapters {sees} them: create them with use_negative to match, or collect with pairs as conditions"
+        )
+    if adapters.config.strength:
+        raise ValueError(
+            "got adapters whose strength has been restored (config.strength), expected ones without: train first, then restore"
         )
     accelerator = accelerator or Accelerator(cpu=base.device.type == "cpu")
     if checkpoint_every < 1 or settings.batch_size % accelerator.num_processes:

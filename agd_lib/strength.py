@@ -1,0 +1,58 @@
+"""What a student lacks is strength: how much of it, over the noise levels, and how the adapters are asked for as much more.
+
+A squared error is smallest for the mean of what a student cannot tell apart. What it cannot explain is left out of its answer,
+so it does not point elsewhere, it guides too weakly, and most so where most error is left (notebook 03, section 7). Adapters
+are told a scale at every step, so that can be made up for without training: :func:`strength_gains` measures on recorded states
+how much is missing, and adapters whose config has these gains (:class:`agd_lib.attach.AdapterConfig`) take a scale w at a noise
+level for ``1 + (w - 1) * gain``. An extension, not in the paper; what it is worth is measured in notebook 07.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .attach import AdapterSet
+from .base_models import BaseModel
+from .training import Student, scale_weights
+from .trajectories import TrajectoryStore
+
+MAX_GAIN = 2.0
+"""A student that hardly guides at a noise level is not asked for more than this much more there."""
+
+
+@torch.no_grad()
+def strength_gains(
+    base: BaseModel, adapters: AdapterSet, store: TrajectoryStore, num_ranges: int = 10, batch_size: int = 256
+) -> tuple[float, ...]:
+    """By how much w - 1 must grow for the adapters to add as much as guidance does: ``sqrt(E |g|^2 / E |d|^2)``.
+
+    Here g = target - conditional prediction, and d is what the adapters add to the latter. Both averages weigh every scale
+    alike, as the loss of ``weighting="endpoint"`` does. Two forward passes for each state.
+
+    Args:
+        adapters: trained, without gains of their own; they stay attached. store: of guided states, which need not be those
+            of the training. num_ranges: equal ranges of noise levels.
+
+    Returns:
+        (num_ranges,) from the cleanest range of timesteps to the noisiest, none above :data:`MAX_GAIN`; 1 where the store
+        has no states.
+
+    Raises:
+        ValueError: if the adapters have gains already.
+    """
+    if adapters.config.strength:
+        raise ValueError("got adapters whose strength has been restored, expected ones without: see config.strength")
+    student, weights = Student(base, adapters), scale_weights(store)
+    energies = torch.zeros(2, num_ranges, dtype=torch.float64)  # of the guidance, and of what the adapters add
+    ranges = store.column("timestep") * num_ranges // base.num_train_timesteps
+    for indices in torch.arange(len(store)).split(batch_size):
+        batch = store.batch(indices).to(base.device)
+        prediction = student(batch.latents, batch.timestep, batch.condition, batch.guidance_scale)
+        with adapters.disabled():
+            conditional = base.denoise(batch.latents, batch.timestep, batch.condition).float()
+        for row, added in enumerate((batch.target - conditional, prediction - conditional)):
+            squares = weights[indices] * added.square().flatten(1).mean(dim=1).cpu()
+            energies[row].index_add_(0, ranges[indices], squares.double())
+    guidance, student_energy = energies
+    gains = (guidance / student_energy).sqrt().clamp(max=MAX_GAIN)
+    return tuple(torch.where(guidance > 0, gains, 1.0).tolist())
