@@ -169,10 +169,10 @@ def read_ablation(path: Path) -> list[VariantRow]:
         if (
             value.keys() != {"variant", "row"}
             or not isinstance(value["variant"], dict)
-            or not {"scale"} <= value["variant"].keys() <= names
+            or not names - {"strengthened"} <= value["variant"].keys() <= names  # older files do not have it
         ):
             raise AGDError(f"{path}, row {number} is not a variant and its row: measure it again")
-        interval = value["variant"].get("interval")
+        interval = value["variant"]["interval"]
         variant = Variant(**(value["variant"] | {"interval": None if interval is None else tuple(interval)}))
         found.append(VariantRow(variant, row_from_dict(value["row"], f"{path}, row {number}")))
     return found

@@ -21,6 +21,7 @@ from agd_lib.ablations import (
     interval_table,
     measure,
     read_ablation,
+    strength_table,
     write_ablation,
 )
 from agd_lib.errors import AGDError
@@ -96,6 +97,39 @@ def test_the_schedule_is_the_scale_inside_and_one_outside() -> None:
     schedule = Variant(3.0, (200, 800)).schedule()
     assert schedule == GuidanceInterval(3.0, 200, 800)
     assert Variant(3.0).schedule() == 3.0
+
+
+def test_strength_is_restored_once_and_is_not_taken_for_the_plain_adapters(run: Path) -> None:
+    plain, more = Variant(2.0, steps=4), Variant(2.0, steps=4, strengthened=True)
+    rows = [measure("tiny-dit", run, "modulated", variant, 0, N).row for variant in (plain, more)]
+    assert rows[0].fd != rows[1].fd and rows[0].method == rows[1].method
+    (kept,) = run.glob("strength-*.safetensors")
+    gains = load_file(kept)["gains"]
+    assert len(gains) == 10 and gains[0] > 1.15
+    before = kept.stat().st_mtime_ns
+    assert measure("tiny-dit", run, "modulated", more, 0, N).row == rows[1]
+    assert kept.stat().st_mtime_ns == before
+    asked = [unit[0] for unit in _units((plain, more), ["modulated"], [0])]
+    assert asked == ["unguided", "cfg", "modulated", "modulated"]
+
+
+def test_the_table_of_strength_compares_with_the_best_of_cfg() -> None:
+    def row(method: str, scale: float, fd: float, strengthened: bool = False) -> VariantRow:
+        known = read_ablation(DATA / "results" / "tiny-dit-interval.json")[0].row
+        kind = "modulated" if method == "agd" else None
+        changed = replace(known, guidance=method, adapter=kind, scale=scale, seed=0, fd=fd, nfe=20.0)
+        return VariantRow(Variant(scale, strengthened=strengthened), changed)
+
+    rows = [row("cfg", 2.0, 2.0), row("cfg", 3.0, 2.5), row("agd", 2.0, 2.2), row("agd", 2.0, 1.9, True)]
+    lines = strength_table(rows).splitlines()[2:]
+    assert [line.split(" | ")[:6] for line in lines] == [
+        ["| cfg", "", "2", "20", "2.000", "+0.0%"],
+        ["| cfg", "", "3", "20", "2.500", "+25.0%"],
+        ["| agd modulated", "as trained", "2", "20", "2.200", "+10.0%"],
+        ["| agd modulated", "restored", "2", "20", "1.900", "-5.0%"],
+    ]
+    with pytest.raises(ResultsError, match="no rows of CFG"):
+        strength_table(rows[2:])
 
 
 def test_the_table_of_intervals_has_the_best_scale_of_each() -> None:
