@@ -15,8 +15,9 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from .errors import AGDError
 from .shapes import IMAGE_SIZE, SHAPES
-from .storage import sha256
+from .storage import read_tensors, sha256
 
 AnyModel = TypeVar("AnyModel", bound=ModelMixin)
 
@@ -68,6 +69,7 @@ def load_local(kind: type[AnyModel], folder: str | Path, device: str | torch.dev
 
     Raises:
         ValueError: if the folder is not there, or holds no safetensors of such a model.
+        AGDError: if its weights are damaged, or a pickle under another name, which diffusers would try to open.
     """
     folder = Path(folder)
     missing = [name for name in ("config.json", _WEIGHTS) if not (folder / name).is_file()]
@@ -76,6 +78,7 @@ def load_local(kind: type[AnyModel], folder: str | Path, device: str | torch.dev
             f"got the folder {str(folder)!r}, which has no {' and no '.join(missing)}: expected one that a "
             f"{kind.__name__} was saved to"
         )
+    read_tensors(folder / _WEIGHTS, AGDError, f"weights of the {kind.__name__}")
     model: AnyModel = kind.from_pretrained(folder, use_safetensors=True, local_files_only=True)
     return model.eval().to(device)
 

@@ -7,6 +7,7 @@ random, and values of any kind, also absurdly large ones, in every field of ever
 from __future__ import annotations
 
 import json
+import pickle
 import resource
 import shutil
 import subprocess
@@ -24,7 +25,8 @@ from hypothesis import strategies as st
 from agd_lib.attach import AdapterSet
 from agd_lib.base_models import BaseModel, load_base
 from agd_lib.errors import AGDError
-from agd_lib.evaluation import _read_kept, load_reference, save_reference
+from agd_lib.evaluation import ShapesFeatures, _read_kept, load_reference, save_reference
+from agd_lib.extractor import ShapesExtractor
 from agd_lib.reproduce import load_profile
 from agd_lib.storage import MAX_JSON_BYTES, MAX_JSON_VALUES, write_json, write_tensors
 from agd_lib.training import TrainingLog, TrainingSettings, train
@@ -173,6 +175,61 @@ def read_changed(originals: Path, tmp_path: Path, base: BaseModel, name: str, ch
         reader(copy, base)
     except AGDError as error:
         assert len(str(error)) < 3_000
+
+
+class Bomb:
+    """Unpickled, it writes a file."""
+
+    def __init__(self, fuse: Path) -> None:
+        self.fuse = fuse
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.fuse,)
+
+
+BASE_FILES = ("transformer/diffusion_pytorch_model", "vae/diffusion_pytorch_model")
+
+
+@pytest.mark.parametrize("writer", [pickle.dumps, "torch"])
+@pytest.mark.parametrize(
+    "name", [*READERS, *BASE_FILES, "extractor", "statistics.npz", "base.ckpt", "base.safetensors"]
+)
+def test_no_loader_runs_what_a_pickle_says(
+    originals: Path, dit_folder: Path, tmp_path: Path, base: BaseModel, name: str, writer: Any
+) -> None:
+    """Every loader of the library, given a pickle in place of its file: bytes of pickle's, and torch's archive of them."""
+    fuse, bomb = tmp_path / "exploded", tmp_path / "bomb"
+    if writer == "torch":
+        torch.save({"model": Bomb(fuse)}, bomb)
+    else:
+        bomb.write_bytes(writer({"model": Bomb(fuse)}))
+    data = bomb.read_bytes()
+    torch.load(bomb, weights_only=False) if writer == "torch" else pickle.loads(data)
+    assert fuse.exists()  # it would go off
+    fuse.unlink()
+    if name in READERS:
+        read_changed(originals, tmp_path, base, name, lambda _: data)
+    elif name in BASE_FILES:
+        for suffixes in ([".safetensors"], [".bin"]):
+            folder = tmp_path / f"base{suffixes[0]}"
+            shutil.copytree(dit_folder, folder)
+            (folder / f"{name}.safetensors").unlink()
+            (folder / name).with_suffix(suffixes[0]).write_bytes(data)
+            with pytest.raises(AGDError):
+                load_base(folder)
+    elif name == "extractor":
+        ShapesExtractor(num_classes=3, feature_dim=8, width=8).save_pretrained(tmp_path / name)
+        weights = tmp_path / name / "diffusion_pytorch_model.safetensors"
+        for path in (weights, weights.with_suffix(".bin")):
+            weights.unlink(missing_ok=True)
+            path.write_bytes(data)
+            with pytest.raises((AGDError, ValueError)):
+                ShapesFeatures(tmp_path / name)
+    else:
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(AGDError):
+            load_reference(tmp_path / name, Four()) if name == "statistics.npz" else load_base(tmp_path / name)
+    assert not fuse.exists()
 
 
 @st.composite
