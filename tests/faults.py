@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -32,6 +33,7 @@ import nbformat
 import torch
 from nbformat.v4 import new_code_cell, new_notebook
 from small_models import write_dit_folder
+from tqdm import tqdm
 
 from agd_lib.attach import AdapterSet
 from agd_lib.base_models import BaseModel, load_base
@@ -213,6 +215,7 @@ def toy_notebooks(folder: Path) -> Path:
 def _quietly(run: Callable[[Path], None], folder: Path) -> None:
     os.setsid()  # so that a kernel that it starts can be killed with it
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own: a sibling that was killed took the one that they share with it
     with open(folder / ".log", "a") as log, redirect_stdout(log), redirect_stderr(log):
         run(folder)
 
