@@ -73,6 +73,12 @@ def _intervals(intervals: Sequence[tuple[int, int]], *scales: float) -> tuple[Va
     return tuple(Variant(scale, interval) for interval in (None, *intervals) for scale in scales)
 
 
+def _strengths(*scales: float) -> tuple[Variant, ...]:
+    """Everywhere, and at two scales in the first interval; as trained, and restored."""
+    plain = [*(Variant(scale) for scale in scales), *(Variant(scale, INTERVALS[0]) for scale in (2.0, 3.0))]
+    return (*plain, *(replace(variant, strengthened=True) for variant in plain))
+
+
 ABLATIONS: dict[str, dict[str, tuple[Variant, ...]]] = {
     "interval": {
         "tiny-dit": _intervals(INTERVALS, 2.0, 3.0, 4.0),
@@ -81,12 +87,9 @@ ABLATIONS: dict[str, dict[str, tuple[Variant, ...]]] = {
         "tiny-sdxl": _intervals(INTERVALS[:1], 2.0, 3.0, 5.0),
     },
     "strength": {
-        name: tuple(Variant(scale, strengthened=more) for more in (False, True) for scale in scales)
-        for name, scales in (
-            ("tiny-dit", (1.5, 2.0, 2.5, 3.0, 4.0, 6.0)),
-            ("tiny-sd21", (2.0, 3.0, 5.0)),
-            ("tiny-sdxl", (2.0, 3.0, 5.0)),
-        )
+        "tiny-dit": _strengths(1.5, 2.0, 2.5, 3.0, 4.0, 6.0),
+        "tiny-sd21": _strengths(2.0, 3.0, 5.0),
+        "tiny-sdxl": _strengths(2.0, 3.0, 5.0),
     },
     "sampler": {
         name: tuple(
@@ -205,15 +208,12 @@ def interval_table(rows: Sequence[VariantRow]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for (method, interval), summary in sorted(best.items(), key=lambda item: distance(item[1])):
-        where = "everywhere" if interval is None else f"{interval[0]} to {interval[1]}"
-        if method == "unguided":
-            where = "nowhere"
         fd, recall, accuracy = (
             cell(summary.mean[name], summary.deviation[name], 3) for name in ("fd", "recall", "condition_accuracy")
         )
         change = distance(summary) / distance(best["cfg", None]) - 1
         lines.append(
-            f"| {method} | {where} | {summary.scale:g} | {summary.nfe:g} | {fd} | {change:+.1%} | {recall} | {accuracy} |"
+            f"| {method} | {_where(method, interval)} | {summary.scale:g} | {summary.nfe:g} | {fd} | {change:+.1%} | {recall} | {accuracy} |"
         )
     return "\n".join(lines)
 
@@ -221,29 +221,39 @@ def interval_table(rows: Sequence[VariantRow]) -> str:
 def strength_table(rows: Sequence[VariantRow]) -> str:
     """CFG and the adapters, as they are and with their strength restored, at every scale, as a Markdown table.
 
-    Mean ± standard deviation over seeds; "FD against CFG" is the difference to the lowest mean of CFG.
+    Mean ± standard deviation over seeds; "FD against CFG" is the difference to the lowest mean of CFG
+    without an interval.
 
     Raises:
         ResultsError: if there is no CFG among the rows.
     """
-    cfg = [row.row for row in rows if row.row.method == "cfg"]
+    cfg = [row.row for row in rows if row.row.method == "cfg" and row.variant.interval is None]
     if not cfg:
-        raise ResultsError("got no rows of CFG, expected what the others are compared with")
+        raise ResultsError("got no rows of CFG without an interval, expected what the others are compared with")
     lowest = min(summary.mean["fd"] or math.inf for summary in summarise(cfg))
     columns = ("fd", "precision", "recall", "condition_accuracy", "endpoint_mse_ratio")
     lines = [
-        "| method | strength | w | NFE | FD | FD against CFG | precision | recall | accuracy | endpoint error |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| method | strength | guided at t | w | NFE | FD | FD against CFG | precision | recall | accuracy | endpoint error |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for more in (False, True):
-        for each in summarise([row.row for row in rows if row.variant.strengthened == more]):
+    for more, interval in dict.fromkeys((row.variant.strengthened, row.variant.interval) for row in rows):
+        mine = [row.row for row in rows if (row.variant.strengthened, row.variant.interval) == (more, interval)]
+        for each in summarise(mine):
             strength = "" if not each.method.startswith("agd") else "restored" if more else "as trained"
             fd, *others = (cell(each.mean[name], each.deviation[name], 3) for name in columns)
             change = (each.mean["fd"] or math.inf) / lowest - 1
             lines.append(
-                f"| {each.method} | {strength} | {each.scale:g} | {each.nfe:g} | {fd} | {change:+.1%} | {' | '.join(others)} |"
+                f"| {each.method} | {strength} | {_where(each.method, interval)} | {each.scale:g} | {each.nfe:g} | {fd} "
+                f"| {change:+.1%} | {' | '.join(others)} |"
             )
     return "\n".join(lines)
+
+
+def _where(method: str, interval: tuple[int, int] | None) -> str:
+    """The timesteps at which a method guides, as tables say it."""
+    if method == "unguided":
+        return "nowhere"
+    return "everywhere" if interval is None else f"{interval[0]} to {interval[1]}"
 
 
 def _units(
