@@ -51,14 +51,15 @@ class Variant:
     Attributes:
         scale: guidance scale. interval: timesteps from and to which it holds, 1 outside; None: everywhere.
         sampler: a name in :data:`SAMPLERS`. steps: of the sampler.
-        strengthened: adapters have their strength restored (:mod:`agd_lib.strength`).
+        strengthened: the share of the noise levels, from the cleanest, at which adapters have their strength restored
+            (:mod:`agd_lib.strength`).
     """
 
     scale: float
     interval: tuple[int, int] | None = None
     sampler: str = "DDIM"
     steps: int = 20
-    strengthened: bool = False
+    strengthened: float = 0.0
 
     def schedule(self) -> float | GuidanceInterval:
         """What CFG and AGD take as their scale."""
@@ -74,9 +75,9 @@ def _intervals(intervals: Sequence[tuple[int, int]], *scales: float) -> tuple[Va
 
 
 def _strengths(*scales: float) -> tuple[Variant, ...]:
-    """Everywhere, and at two scales in the first interval; as trained, and restored."""
+    """Everywhere, and at two scales in the first interval; as trained, and restored at low noise or at all of it."""
     plain = [*(Variant(scale) for scale in scales), *(Variant(scale, INTERVALS[0]) for scale in (2.0, 3.0))]
-    return (*plain, *(replace(variant, strengthened=True) for variant in plain))
+    return tuple(replace(variant, strengthened=share) for share in (0.0, 0.4, 1.0) for variant in plain)
 
 
 ABLATIONS: dict[str, dict[str, tuple[Variant, ...]]] = {
@@ -115,12 +116,12 @@ class VariantRow:
     row: Row
 
 
-def strengthened(base: BaseModel, adapters: AdapterSet, run: Path) -> AdapterSet:
+def strengthened(base: BaseModel, adapters: AdapterSet, run: Path, below: float) -> AdapterSet:
     """The shipped adapters with their strength restored, by held-out trajectories that are kept in the run's folder."""
     weights = DATA / base.name / "adapters" / adapters.config.kind / WEIGHTS_NAME
-    path = run / f"strength-{key_of([sha256(weights), base.fingerprint()])}.safetensors"
+    path = run / f"strength-{key_of([sha256(weights), base.fingerprint(), below])}.safetensors"
     if not path.is_file():
-        gains = strength_gains(base, adapters, held_out_store(base, run))
+        gains = strength_gains(base, adapters, held_out_store(base, run), below)
         write_tensors(path, {"gains": torch.tensor(gains)})
     gains = tuple(read_tensors(path, AGDError, "strength")["gains"].tolist())
     adapters.config = replace(adapters.config, strength=gains)
@@ -150,7 +151,8 @@ def measure(base_name: str, run: Path, kind: str, variant: Variant, seed: int, n
         return VariantRow(variant, cfg.row)
     adapters = AdapterSet.from_pretrained(DATA / base.name / "adapters" / kind).attach(base)
     if variant.strengthened:
-        adapters, place = strengthened(base, adapters, run), place / "strengthened"
+        adapters = strengthened(base, adapters, run, variant.strengthened)
+        place = place / f"strengthened-{variant.strengthened:g}"
     return VariantRow(variant, study.measure(base, AGD(adapters, variant.schedule()), *how, place, unguided, cfg).row)
 
 
@@ -239,7 +241,8 @@ def strength_table(rows: Sequence[VariantRow]) -> str:
     for more, interval in dict.fromkeys((row.variant.strengthened, row.variant.interval) for row in rows):
         mine = [row.row for row in rows if (row.variant.strengthened, row.variant.interval) == (more, interval)]
         for each in summarise(mine):
-            strength = "" if not each.method.startswith("agd") else "restored" if more else "as trained"
+            strength = {0.0: "as trained", 1.0: "restored"}.get(more, f"restored below {more:g}")
+            strength = strength if each.method.startswith("agd") else ""
             fd, *others = (cell(each.mean[name], each.deviation[name], 3) for name in columns)
             change = (each.mean["fd"] or math.inf) / lowest - 1
             lines.append(
@@ -263,7 +266,7 @@ def _units(
     samplings = dict.fromkeys((variant.sampler, variant.steps) for variant in variants)
     plain = [Variant(1.0, sampler=sampler, steps=steps) for sampler, steps in samplings]
     yield from itertools.product(["unguided"], plain, seeds)
-    yield from itertools.product(["cfg"], [variant for variant in variants if not variant.strengthened], seeds)
+    yield from itertools.product(["cfg"], [variant for variant in variants if variant.strengthened == 0], seeds)
     for kind in kinds:
         yield from itertools.product([kind], variants, seeds)
 
@@ -290,13 +293,12 @@ def main() -> None:
         parser.error(f"{arguments.ablation} has no variants of the scales {arguments.scales}")
     rows: list[VariantRow] = []
     with lock_folder(arguments.run):
-        if any(variant.strengthened for variant in variants):  # before two workers want it
+        shares = sorted({variant.strengthened for variant in variants} - {0.0})
+        for kind, below in itertools.product(arguments.kinds, shares):  # before two workers want it
             base = load_base(arguments.base)
-            for kind in arguments.kinds:
-                adapters = AdapterSet.from_pretrained(DATA / base.name / "adapters" / kind).attach(base)
-                gains = strengthened(base, adapters, arguments.run).config.strength
-                print(f"{kind}: w - 1 times {', '.join(f'{gain:.2f}' for gain in gains)}")
-                adapters.remove()
+            adapters = AdapterSet.from_pretrained(DATA / base.name / "adapters" / kind).attach(base)
+            gains = strengthened(base, adapters, arguments.run, below).config.strength
+            print(f"{kind}: w - 1 times {', '.join(f'{gain:.2f}' for gain in gains)}")
         for kind, units in itertools.groupby(_units(variants, arguments.kinds, arguments.seeds), lambda unit: unit[0]):
             calls = [(arguments.base, arguments.run, *unit, n) for unit in units]
             rows += in_parallel(arguments.workers, kind, measure, calls)

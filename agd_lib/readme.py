@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from .ablations import interval_table, read_ablation
+from .ablations import interval_table, read_ablation, strength_table
 from .errors import AGDError
 from .negatives import TABLE_NOTE, negatives_table, read_negatives
 from .project import DATA, ROOT, display_path
@@ -94,6 +94,17 @@ def intervals_table(path: Path) -> str:
     )
 
 
+def strengths_table(path: Path) -> str:
+    """The adapters with their strength restored (:mod:`agd_lib.strength`), beside themselves and CFG."""
+    about, rows = read_json(path, ReadmeError, "study"), read_ablation(path)
+    row = rows[0].row
+    return (
+        f"{row.base}, {row.steps} sampler steps, mean ± standard deviation over {len({each.row.seed for each in rows})} seeds of "
+        f"{row.n:,} images, with the shipped adapters. `{about['command']}`, kept in "
+        f"[`{display_path(path)}`]({display_path(path)}).\n\n{strength_table(rows)}"
+    )
+
+
 def rivals_table(path: Path) -> str:
     """Other ways to one pass beside AGD's adapters (:mod:`agd_lib.rivals`)."""
     about, (outcomes, others) = read_json(path, ReadmeError, "study"), read_comparison(path)
@@ -146,15 +157,14 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "tiny-dit-rivals": rivals_table,
     "tiny-dit-interval": intervals_table,
     "tiny-sd21-interval": intervals_table,
+    "tiny-dit-strength": strengths_table,
+    "tiny-sd21-strength": strengths_table,
     "tiny-sd21-negatives": negative_prompts_table,
     "tiny-sd21-transfer": transfer_table,
     "tiny-dit-thrift": recipe_table,
     "tiny-dit-states": recipe_table,
     "tiny-dit-weighting": recipe_table,
     "tiny-dit-noisiest": recipe_table,
-    "tiny-dit-size": recipe_table,
-    "tiny-dit-inputs": recipe_table,
-    "tiny-sd21-sites": recipe_table,
     "speed": speed_table,
 }
 """How the table of each file is made."""

@@ -22,7 +22,12 @@ MAX_GAIN = 2.0
 
 @torch.no_grad()
 def strength_gains(
-    base: BaseModel, adapters: AdapterSet, store: TrajectoryStore, num_ranges: int = 10, batch_size: int = 256
+    base: BaseModel,
+    adapters: AdapterSet,
+    store: TrajectoryStore,
+    below: float = 0.4,
+    num_ranges: int = 10,
+    batch_size: int = 256,
 ) -> tuple[float, ...]:
     """By how much w - 1 must grow for the adapters to add as much as guidance does: ``sqrt(E |g|^2 / E |d|^2)``.
 
@@ -31,15 +36,20 @@ def strength_gains(
 
     Args:
         adapters: trained, without gains of their own; they stay attached. store: of guided states, which need not be those
-            of the training. num_ranges: equal ranges of noise levels.
+            of the training.
+        below: the share of the noise levels, from the cleanest, at which strength is restored. Above, where the composition
+            is decided, more of an answer that is not exact lengthens the path rather than sharpening the image.
+        num_ranges: equal ranges of noise levels.
 
     Returns:
         (num_ranges,) from the cleanest range of timesteps to the noisiest, none above :data:`MAX_GAIN`; 1 where the store
-        has no states.
+        has no states, and from ``below`` on.
 
     Raises:
-        ValueError: if the adapters have gains already.
+        ValueError: if the adapters have gains already, or ``below`` is not in 0 to 1.
     """
+    if not 0 <= below <= 1:
+        raise ValueError(f"got below = {below}, expected a share of the noise levels, from 0 to 1")
     if adapters.config.strength:
         raise ValueError("got adapters whose strength has been restored, expected ones without: see config.strength")
     student, weights = Student(base, adapters), scale_weights(store)
@@ -55,4 +65,5 @@ def strength_gains(
             energies[row].index_add_(0, ranges[indices], squares.double())
     guidance, student_energy = energies
     gains = (guidance / student_energy).sqrt().clamp(max=MAX_GAIN)
-    return tuple(torch.where(guidance > 0, gains, 1.0).tolist())
+    restored = (guidance > 0) & (torch.arange(num_ranges) < below * num_ranges)
+    return tuple(torch.where(restored, gains, 1.0).tolist())

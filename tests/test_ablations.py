@@ -100,7 +100,7 @@ def test_the_schedule_is_the_scale_inside_and_one_outside() -> None:
 
 
 def test_strength_is_restored_once_and_is_not_taken_for_the_plain_adapters(run: Path) -> None:
-    plain, more = Variant(2.0, steps=4), Variant(2.0, steps=4, strengthened=True)
+    plain, more = Variant(2.0, steps=4), Variant(2.0, steps=4, strengthened=0.4)
     rows = [measure("tiny-dit", run, "modulated", variant, 0, N).row for variant in (plain, more)]
     assert rows[0].fd != rows[1].fd and rows[0].method == rows[1].method
     (kept,) = run.glob("strength-*.safetensors")
@@ -114,14 +114,14 @@ def test_strength_is_restored_once_and_is_not_taken_for_the_plain_adapters(run: 
 
 
 def test_the_table_of_strength_compares_with_the_best_of_cfg() -> None:
-    def row(method: str, scale: float, fd: float, strengthened: bool = False, interval: Any = None) -> VariantRow:
+    def row(method: str, scale: float, fd: float, strengthened: float = 0.0, interval: Any = None) -> VariantRow:
         known = read_ablation(DATA / "results" / "tiny-dit-interval.json")[0].row
         kind = "modulated" if method == "agd" else None
         changed = replace(known, guidance=method, adapter=kind, scale=scale, seed=0, fd=fd, nfe=20.0)
         return VariantRow(Variant(scale, interval, strengthened=strengthened), changed)
 
-    rows = [row("cfg", 2.0, 2.0), row("cfg", 3.0, 2.5), row("agd", 2.0, 2.2), row("agd", 2.0, 1.9, True)]
-    rows += [row("cfg", 2.0, 1.8, interval=(0, 600)), row("agd", 2.0, 1.7, True, (0, 600))]
+    rows = [row("cfg", 2.0, 2.0), row("cfg", 3.0, 2.5), row("agd", 2.0, 2.2), row("agd", 2.0, 1.9, 1.0)]
+    rows += [row("cfg", 2.0, 1.8, interval=(0, 600)), row("agd", 2.0, 1.7, 0.4, (0, 600))]
     lines = strength_table(rows).splitlines()[2:]
     assert [line.split(" | ")[:7] for line in lines] == [
         ["| cfg", "", "everywhere", "2", "20", "2.000", "+0.0%"],
@@ -129,7 +129,7 @@ def test_the_table_of_strength_compares_with_the_best_of_cfg() -> None:
         ["| agd modulated", "as trained", "everywhere", "2", "20", "2.200", "+10.0%"],
         ["| agd modulated", "restored", "everywhere", "2", "20", "1.900", "-5.0%"],
         ["| cfg", "", "0 to 600", "2", "20", "1.800", "-10.0%"],
-        ["| agd modulated", "restored", "0 to 600", "2", "20", "1.700", "-15.0%"],
+        ["| agd modulated", "restored below 0.4", "0 to 600", "2", "20", "1.700", "-15.0%"],
     ]
     with pytest.raises(ResultsError, match="no rows of CFG"):
         strength_table(rows[2:])

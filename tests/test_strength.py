@@ -43,7 +43,7 @@ def test_the_gains_by_their_definition(dit_base: DiTBase, store: TrajectoryStore
     adapters = trained(dit_base, kind)
     for parameter in adapters.parameters():
         parameter.data.mul_(2.0)
-    found = strength_gains(dit_base, adapters, store, num_ranges=5, batch_size=7)
+    found = strength_gains(dit_base, adapters, store, 1.0, num_ranges=5, batch_size=7)
     adapters.remove()
     guidance, added = torch.zeros(5), torch.zeros(5)
     for index in range(len(store)):
@@ -67,7 +67,11 @@ def test_where_there_are_no_states_nothing_is_changed_and_the_weak_are_not_asked
     adapters = trained(dit_base, "modulated")
     for parameter in adapters.parameters():
         parameter.data.mul_(0.05)
-    assert strength_gains(dit_base, adapters, store) == (2.0, 1.0) * 5
+    assert strength_gains(dit_base, adapters, store, 1.0) == (2.0, 1.0) * 5
+    adapters.remove()
+    assert strength_gains(dit_base, adapters, store) == (2.0, 1.0) * 2 + (1.0,) * 6
+    with pytest.raises(ValueError, match="below = 40"):
+        strength_gains(dit_base, adapters, store, 40)
 
 
 @pytest.mark.parametrize("kind", KINDS)
