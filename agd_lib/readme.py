@@ -158,7 +158,6 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "tiny-dit-interval": intervals_table,
     "tiny-sd21-interval": intervals_table,
     "tiny-dit-strength": strengths_table,
-    "tiny-sd21-strength": strengths_table,
     "tiny-sd21-negatives": negative_prompts_table,
     "tiny-sd21-transfer": transfer_table,
     "tiny-dit-thrift": recipe_table,
