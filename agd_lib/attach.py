@@ -56,7 +56,8 @@ class AdapterConfig:
         guided_channels: latent channels that the teacher guided.
         scale_multiplier, noise_ranges: see :class:`agd_lib.adapters.AdapterSizes`.
         strength: gains of equal ranges of noise levels, from the cleanest: a scale w is taken for 1 + (w - 1) * gain; see
-            :func:`agd_lib.strength.strength_gains`. Empty: w is taken as it is.
+            :func:`agd_lib.strength.strength_gains`. Empty: w is taken as it is. With gains above 1 the largest scales of the
+            guidance range are taken for larger ones, which nobody trained.
     """
 
     kind: str
@@ -97,12 +98,14 @@ class _Ahead:
 
     Attributes:
         scale, condition: copies of what was given. weights: the adapters', see :meth:`AdapterSet._weights_state`.
+        strength: of their config.
         by_timestep: the conditions: of all timesteps, views of the same tensors.
     """
 
     scale: Scale
     condition: Condition
     weights: list[tuple[int, int]]
+    strength: tuple[float, ...]
     by_timestep: dict[float, LayerConditions]
 
 
@@ -453,6 +456,7 @@ class AdapterSet(nn.Module):
             or not _same(ahead.scale, self._scale)
             or not all(_same(ahead.condition.get(name), value) for name, value in condition.items())
             or ahead.weights != self._weights_state()
+            or ahead.strength != self.config.strength
         ):
             del ahead  # first, for its memory
             ahead = self._look_ahead(timestep, condition, run)
@@ -475,6 +479,7 @@ class AdapterSet(nn.Module):
             self._scale.clone() if isinstance(self._scale, Tensor) else self._scale,
             {name: value.clone() for name, value in condition.items()},
             self._weights_state(),
+            self.config.strength,
             {step: dict(zip(conditions, of_step)) for step, of_step in zip(steps, zip(*by_site))},
         )
 

@@ -60,7 +60,8 @@ class TrainingVariant:
         states: ``"guided"`` (the paper), ``"noised"`` images, or ``"half"`` of each.
         trajectories, collection_steps, kept_steps: of the store; kept_steps of None: all of a trajectory's.
         weighting, num_steps: see :class:`~agd_lib.training.TrainingSettings`.
-        guided_to: the highest timestep at which the images are guided in measuring; None: guided at all.
+        guided_to: the highest timestep at which the images are guided in measuring; None: they are guided at every one. The
+            endpoint error is against CFG at every timestep.
     """
 
     kind: str = "modulated"
@@ -386,8 +387,11 @@ def main() -> None:
         held_out_store(base, run)
         parallel("unguided", measure_unit, [(name, run, Unit("unguided", 1.0, seed), *how) for seed in arguments.seeds])
         at = list(itertools.product(arguments.scales, arguments.seeds))
+        trainings = dict.fromkeys(
+            replace(variant, guided_to=None) for variant in variants
+        )  # no two workers do the same
         cfg = parallel("CFG", measure_unit, [(name, run, Unit("cfg", *each), *how) for each in at])
-        parallel("train", train_variant, [(name, run, *each) for each in itertools.product(variants, arguments.seeds)])
+        parallel("train", train_variant, [(name, run, *each) for each in itertools.product(trainings, arguments.seeds)])
         units = itertools.product(variants, at)
         rows = parallel("AGD", measure_variant, [(name, run, variant, *each, arguments.n) for variant, each in units])
     path = arguments.results or DATA / "results" / f"{name}-{arguments.ablation}.json"

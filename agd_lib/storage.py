@@ -20,7 +20,7 @@ from .errors import AGDError, FolderInUseError, WriteError
 
 PICKLE_SUFFIXES = {".pt", ".pth", ".pkl", ".ckpt", ".bin", ".pickle"}
 
-MAX_JSON_BYTES, MAX_JSON_VALUES = 2**25, 2**20
+MAX_JSON_BYTES, MAX_JSON_VALUES = 2**24, 2**20
 """Larger JSON files are refused, before any of it becomes objects, each of which takes up to a hundred times as much memory
 as its text: reading takes less than 200 MB. The manifest of a million trajectories of a thousand classes has a megabyte."""
 
@@ -142,11 +142,13 @@ def read_json(path: Path, error: type[AGDError], what: str) -> dict[str, Any]:
             f"the {what} {path} has {path.stat().st_size:,} bytes, expected at most {MAX_JSON_BYTES:,}: it is not ours"
         )
     text = path.read_bytes()
-    values = sum(text.count(mark) for mark in (b",", b"[", b"{"))  # at least as many as there are
-    if values > MAX_JSON_VALUES:
-        raise error(f"the {what} {path} holds {values:,} values, expected at most {MAX_JSON_VALUES:,}: it is not ours")
+    marks = sum(text.count(mark) for mark in (b",", b"[", b"{"))  # at least as many as there are values
+    if marks > MAX_JSON_VALUES:
+        raise error(
+            f"the {what} {path} holds {marks:,} commas and brackets, expected at most {MAX_JSON_VALUES:,}: it is not ours"
+        )
     try:
-        value = json.loads(text, parse_constant=_refuse_constant)
+        value = json.loads(text.decode("utf-8"), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as cause:  # not UTF-8, not JSON, numbers or nesting beyond Python's limits
         raise error(f"the {what} {path} is not valid JSON ({cause}); restore it or make it again") from cause
     if not isinstance(value, dict):

@@ -1,9 +1,9 @@
 """What a student lacks is strength: how much of it, over the noise levels, and how the adapters are asked for as much more.
 
 A squared error is smallest for the mean of what a student cannot tell apart. What it cannot explain is left out of its answer,
-so it does not point elsewhere, it guides too weakly, and most so where most error is left (notebook 03, section 7). Adapters
+so on average it guides too weakly (notebook 03, section 7); trained with ``weighting="endpoint"``, most so at low noise. Adapters
 are told a scale at every step, so that can be made up for without training: :func:`strength_gains` measures on recorded states
-how much is missing, and adapters whose config has these gains (:class:`agd_lib.attach.AdapterConfig`) take a scale w at a noise
+how much is missing (or, at the highest noise, too much), and adapters whose config has these gains (:class:`agd_lib.attach.AdapterConfig`) take a scale w at a noise
 level for ``1 + (w - 1) * gain``. An extension, not in the paper; what it is worth is measured in notebook 07.
 """
 
@@ -29,7 +29,7 @@ def strength_gains(
     num_ranges: int = 10,
     batch_size: int = 256,
 ) -> tuple[float, ...]:
-    """By how much w - 1 must grow for the adapters to add as much as guidance does: ``sqrt(E |g|^2 / E |d|^2)``.
+    """The factors for w - 1 with which the adapters add as much as guidance does: ``sqrt(E |g|^2 / E |d|^2)``.
 
     Here g = target - conditional prediction, and d is what the adapters add to the latter. Both averages weigh every scale
     alike, as the loss of ``weighting="endpoint"`` does. Two forward passes for each state.
@@ -39,7 +39,7 @@ def strength_gains(
             of the training.
         below: the share of the noise levels, from the cleanest, at which strength is restored. Above, where the composition
             is decided, more of an answer that is not exact lengthens the path rather than sharpening the image.
-        num_ranges: equal ranges of noise levels.
+        num_ranges: equal ranges of noise levels; a range counts as a whole, by its cleanest level.
 
     Returns:
         (num_ranges,) from the cleanest range of timesteps to the noisiest, none above :data:`MAX_GAIN`; 1 where the store

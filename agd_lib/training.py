@@ -423,7 +423,7 @@ def _identity(
     run |= {
         f"adapters.{name}": value
         for name, value in asdict(adapters.config).items()
-        if name not in ("base_name", "base_revision", "library_version")
+        if name not in ("base_name", "base_revision", "library_version", "strength")  # which nothing trained has
     }
     run["influence"] = None if influence is None else influence.tolist()
     return json.loads(json.dumps(run | {"store": [shard["sha256"] for shard in store.manifest["shards"]]}))

@@ -120,7 +120,7 @@ for name in sys.argv[1:]:
 print(peak() - before)
 """
 
-FILLINGS = ("{},", "[],", '{"a":1.5},', '"abcd",', "1.5,", "text")
+FILLINGS = ("{},", "[],", '{"a":1.5},', '"abcd",', "1.5,", "text", "wide \U0001f7e5")
 
 
 def test_the_memory_that_json_can_take_is_bounded(tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_the_memory_that_json_can_take_is_bounded(tmp_path: Path) -> None:
     files = []
     for number, filling in enumerate(FILLINGS):
         marks = sum(filling.count(mark) for mark in ",[{")
-        times = MAX_JSON_VALUES // marks - 10 if marks else (MAX_JSON_BYTES - 20) // len(filling)
+        times = MAX_JSON_VALUES // marks - 10 if marks else (MAX_JSON_BYTES - 20) // len(filling.encode())
         for repeated in (times, times + 20):
             body = filling * repeated
             files.append(tmp_path / f"{number}-{repeated}.json")

@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,20 +17,25 @@ import pytest
 import torch
 from small_text_models import build_sdxl_pipeline
 
-from agd_lib import AdapterSet, base_from_pipeline
+from agd_lib import AdapterSet, CollectionPlan, base_from_pipeline, collect, load_base
 from agd_lib.project import DATA, ROOT
 from agd_lib.readme import TABLES, ReadmeError, marks, with_tables
 from agd_lib.reproduce import declared_parameters
 
 
-def run_with(number: int, replaced: Iterable[tuple[str, str]]) -> dict[str, Any]:
-    """The names that a piece of the README's code leaves behind."""
-    code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)[number]
+def code_with(replaced: Sequence[tuple[str, str]]) -> str:
+    """The piece of the README's code that has all of this, with other things in its place."""
+    pieces = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    (code,) = [piece for piece in pieces if all(given in piece for given, _ in replaced)]
     for given, small in replaced:
-        assert given in code
         code = code.replace(given, small)
+    return code
+
+
+def run_with(replaced: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """The names that a piece of the README's code leaves behind."""
     names: dict[str, Any] = {}
-    exec(code, names)
+    exec(code_with(replaced), names)
     return names
 
 
@@ -43,7 +48,7 @@ def test_the_code_for_a_model_of_ones_own(dit_folder: Path, tmp_path: Path) -> N
         ("num_inference_steps=20", "num_inference_steps=2"),
         ("hidden_size=32", "hidden_size=4"),
     )
-    images = run_with(0, sizes)["images"]
+    images = run_with(sizes)["images"]
     assert images.shape == (3, 3, 32, 32)
     assert images.min() >= 0 and images.max() <= 1
 
@@ -54,7 +59,6 @@ def test_the_code_for_a_pipeline_of_ones_own(tmp_path: Path) -> None:
     adapters = AdapterSet.create(base_from_pipeline(pipeline), "cross-attention", 8, guidance_range=(1, 12))
     adapters.save_pretrained(tmp_path / "adapters")
     names = run_with(
-        1,
         (
             ("path/to/sdxl", str(tmp_path / "pipeline")),
             ("path/to/adapters", str(tmp_path / "adapters")),
@@ -67,18 +71,28 @@ def test_the_code_for_a_pipeline_of_ones_own(tmp_path: Path) -> None:
     assert guided.tobytes() == plain.tobytes()  # untrained adapters change nothing: one pass, the conditional one
 
 
+def test_the_code_for_strength(tmp_path: Path) -> None:
+    base = load_base("tiny-dit")
+    plan = CollectionPlan(tuple(base.all_conditions()), 20, num_inference_steps=5)
+    collect(base, plan, tmp_path / "store", progress=False)
+    replaced = (
+        ("data/tiny-dit/adapters", str(DATA / "tiny-dit" / "adapters")),
+        ("runs/default/tiny-dit/trajectories", str(tmp_path / "store")),
+        ("runs/mine", str(tmp_path)),
+    )
+    gains = run_with(replaced)["adapters"].config.strength
+    assert AdapterSet.from_pretrained(tmp_path / "restored").config.strength == gains
+    assert gains[0] > 1.15 and gains[4:] == (1.0,) * 6
+
+
 def test_the_code_for_several_processes(tmp_path: Path) -> None:
-    code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)[2]
     sizes = (
         ("runs/many", str(tmp_path)),
         ("num_trajectories=4000, trajectories_per_shard=64", "num_trajectories=4, trajectories_per_shard=1"),
         ("num_steps=2000", "num_steps=2"),
         ("n=2000, batch_size=50", "n=80, batch_size=40"),
     )
-    for given, small in sizes:
-        assert given in code
-        code = code.replace(given, small)
-    (tmp_path / "distil.py").write_text(code)
+    (tmp_path / "distil.py").write_text(code_with(sizes))
     (line,) = re.findall(r"^torchrun (.*) distil.py", README, re.MULTILINE)
     finished = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", *line.split(), str(tmp_path / "distil.py")],
