@@ -782,18 +782,19 @@ def test_an_interrupted_collection_goes_on(
 ) -> None:
     plan = CollectionPlan(tuple(PROMPTS), 4, (1.0, 8.0), 2, trajectories_per_shard=2)
     whole = collect(base, plan, tmp_path / "whole", progress=False)
-    encode, calls = base.encode, [0]
+    denoise, calls = base.denoise, [0]
 
-    def interrupted(prompts: list[str]) -> Any:
+    def interrupted(*args: Any, **options: Any) -> Any:
         calls[0] += 1
-        if calls[0] == 4:  # two for the header; the first shard's; the second's
+        if calls[0] == 4:  # the first shard took one call for each of its two steps
             raise KeyboardInterrupt
-        return encode(prompts)
+        return denoise(*args, **options)
 
-    monkeypatch.setattr(base, "encode", interrupted)
+    monkeypatch.setattr(base, "denoise", interrupted)
     with pytest.raises(KeyboardInterrupt):
         collect(base, plan, tmp_path / "parts", progress=False)
-    monkeypatch.setattr(base, "encode", encode)
+    monkeypatch.setattr(base, "denoise", denoise)
+    assert (tmp_path / "parts" / "shard-00000.safetensors").is_file()
     parts = collect(base, plan, tmp_path / "parts", progress=False)
     assert [shard["sha256"] for shard in parts.manifest["shards"]] == [
         shard["sha256"] for shard in whole.manifest["shards"]
