@@ -28,7 +28,7 @@ def compare(
         {
             "what": what,
             "unit": unit,
-            "one at a time": f"{theirs:,.0f}",
+            "the plain way": f"{theirs:,.0f}",
             "ours": f"{mine:,.0f}",
             "ratio": f"{mine / theirs:.1f}",
         }

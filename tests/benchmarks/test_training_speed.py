@@ -1,14 +1,13 @@
-"""Training steps, compiled and in bfloat16 as :mod:`agd_lib.study` takes them, against plain ones in float32: ``make bench``."""
+"""Training steps, compiled as :mod:`agd_lib.study` takes them, against the same ones that are not: ``make bench``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from accelerate import Accelerator
 from in_turn import Rows, compare
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -32,13 +31,11 @@ def steps_of(name: str, store: TrajectoryStore, compiled: bool) -> Callable[[], 
     )
     if compiled:
         base.denoiser.compile(dynamic=False)
-    states = train(base, adapters, store, TrainingSettings(10_000, BATCH, optimizer="muon"))
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16" if has_fast_bfloat16() else "no")
+    states = train(base, adapters, store, TrainingSettings(10_000, BATCH, optimizer="muon"), accelerator=accelerator)
 
     def steps() -> None:
-        with (
-            sdpa_kernel(SDPBackend.MATH) if compiled else nullcontext(),
-            torch.autocast("cpu", torch.bfloat16, enabled=compiled and has_fast_bfloat16()),
-        ):
+        with sdpa_kernel(SDPBackend.MATH):
             for _ in range(STEPS):
                 next(states)
 
@@ -56,7 +53,7 @@ def test_training(benchmark: Any, store_comparisons: Rows, tmp_path: Path, name:
     compare(
         benchmark,
         store_comparisons,
-        f"training on {name}, compiled, {precision}",
+        f"training on {name}, compiled ({precision})",
         "states/s",
         BATCH * STEPS,
         steps_of(name, store, compiled=True),
