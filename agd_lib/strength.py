@@ -3,8 +3,9 @@
 A squared error is smallest for the mean of what a student cannot tell apart. What it cannot explain is left out of its answer,
 so on average it guides too weakly (notebook 03, section 7); trained with ``weighting="endpoint"``, most so at low noise. Adapters
 are told a scale at every step, so that can be made up for without training: :func:`strength_gains` measures on recorded states
-how much is missing (or, at the highest noise, too much), and adapters whose config has these gains (:class:`agd_lib.attach.AdapterConfig`) take a scale w at a noise
-level for ``1 + (w - 1) * gain``. An extension, not in the paper; what it is worth is measured in notebook 07.
+how much is missing (or, at the highest noise, too much), and adapters whose config has these gains
+(:class:`agd_lib.attach.AdapterConfig`) take a scale w at a noise level for ``1 + (w - 1) * gain``. An extension, not in the
+paper; what it is worth is measured in notebook 07.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def strength_gains(
         adapters: trained, without gains of their own; they stay attached. store: of guided states, which need not be those
             of the training.
         below: the share of the noise levels, from the cleanest, at which strength is restored. Above, where the composition
-            is decided, more of an answer that is not exact lengthens the path rather than sharpening the image.
+            is decided, more of an answer that is not exact acts like a larger scale instead of sharpening the image.
         num_ranges: equal ranges of noise levels; a range counts as a whole, by its cleanest level.
 
     Returns:
