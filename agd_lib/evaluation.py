@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import time
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,7 +32,7 @@ from .extractor import ShapesExtractor, load_local
 from .guidance import AGD, CFG, Guidance, GuidanceInterval, Unguided
 from .results import Row, row_from_dict
 from .sampling import generate
-from .storage import read_json, read_tensors, sha256, write_json, write_tensors
+from .storage import key_of, lock_folder, read_json, read_tensors, sha256, write_json, write_tensors
 
 
 class EvaluationError(AGDError):
@@ -373,7 +375,7 @@ def evaluate(
     """Sample ``n`` images, conditions in turn, and measure them. Images are not kept in memory, features are.
 
     With ``accelerate launch`` (``torchrun`` on CPUs) the processes share out the batches, and each gets the whole result; there
-    must be at least as many batches as processes. Seconds are those of one process for its own images.
+    must be at least as many batches as processes. Seconds are the processes' own, for their own images.
 
     Args:
         reference: made with the same extractor.
@@ -383,13 +385,15 @@ def evaluate(
         max_reference: reference images used for precision and recall, evenly spread (their cost grows with n times
             this).
         keep: a folder. What is measured is kept there, and read instead of measured again while everything that it
-            depends on (weights, samples, reference, library arguments) is the same.
+            depends on (weights, samples, reference, library arguments) is the same. So is every batch until the measurement
+            is whole: one that was interrupted goes on with its next batch.
         conditions: class labels or prompts, taken in turn; by default every class that the model knows. The share of
             the images that show theirs is the row's accuracy, where the extractor can tell.
 
     Raises:
         ValueError: if n is too small, also for the number of processes, or a text-to-image model gets no prompts.
         EvaluationError: if reference and extractor do not match, or what was kept is damaged.
+        FolderInUseError: if another process makes the same measurement into the same folder.
     """
     if reference.extractor != extractor.name:
         raise EvaluationError(
@@ -403,15 +407,17 @@ def evaluate(
     conditions = _in_turn(base, conditions, n)
     kind, adapter, scale, adapter_parameters = describe(guidance)
     inputs: dict[str, Any] = {}
-    file = Path()
+    file, batches = Path(), None
     if keep is not None:
         latents_given = (unguided_latents, cfg_latents)
         inputs = _inputs(base, guidance, reference, (n, seed, num_inference_steps), max_reference, latents_given)
         if own_conditions:
             inputs["conditions"] = _digest([json.dumps(conditions, default=str)])
         file = Path(keep) / f"{adapter or kind}-{scale:g}-seed{seed}.json"
+        batches = file.with_name(f"{file.stem}-{key_of([inputs, batch_size])}")
         kept = _read_kept(file, inputs)
         if kept is not None:
+            shutil.rmtree(batches, ignore_errors=True)  # a run that was killed while it did so leaves some
             return kept
     label = f"{kind} {scale:g}" if adapter is None else f"{kind} {adapter} {scale:g}"
     processes = PartialState(cpu=base.device.type == "cpu")
@@ -420,61 +426,93 @@ def evaluate(
         raise ValueError(
             f"got {n} images in batches of {batch_size} for {processes.num_processes} processes, expected a batch for each"
         )
-    mine: list[tuple[int, Tensor, Tensor, Tensor | None]] = []  # (start, latents, features, shown) of each batch
-    seconds = 0.0
-    with count_forwards(base) as meter, tqdm(total=n, desc=label, disable=not progress) as bar:
+    mine: dict[int, dict[str, Tensor]] = {}  # by the batch's first image
+    with (
+        nullcontext() if keep is None or not processes.is_main_process else lock_folder(file),
+        tqdm(total=n, desc=label, disable=not progress) as bar,
+    ):
         for start in starts[processes.process_index :: processes.num_processes]:
             asked = conditions[start : start + batch_size]
-            before = time.perf_counter()
-            (batch,) = generate(base, asked, guidance, num_inference_steps, seed, batch_size, first=start)
-            _synchronize(base)
-            seconds += time.perf_counter() - before
-            batch_features, batch_shown = extractor(base.decode(batch), asked)
-            mine.append((start, batch.float().cpu(), batch_features, batch_shown))
-            bar.update(len(batch))
-    num_mine = sum(len(latents) for _, latents, _, _ in mine)
-    parts = sorted(gather_object(mine) if processes.num_processes > 1 else mine, key=lambda part: part[0])
-    final, all_features = (torch.cat([part[i] for part in parts]) for i in (1, 2))
-    shown = [part[3] for part in parts if part[3] is not None]
-    precision = recall = accuracy = ratio = None
-    if reference.features is not None:
-        precision, recall = precision_recall(
-            all_features, reference.features[_spread(len(reference.features), max_reference)]
+            part = batches and batches / f"batch-{start:07d}.safetensors"
+            if part is not None and part.is_file():  # by a run that was interrupted
+                mine[start] = read_tensors(part, EvaluationError, "measurement's batch")
+            else:
+                mine[start] = _sample_batch(base, asked, guidance, extractor, num_inference_steps, seed, start)
+                if part is not None:
+                    write_tensors(part, mine[start])
+            bar.update(len(asked))
+        found = dict(gather_object(list(mine.items()))) if processes.num_processes > 1 else mine
+        parts = [found[start] for start in starts]
+        final, all_features = (torch.cat([part[name] for part in parts]) for name in ("latents", "features"))
+        shown = [part["shown"] for part in parts if "shown" in part]
+        passes, seconds = (sum(float(part[name]) for part in parts) for name in ("passes", "seconds"))
+        precision = recall = accuracy = ratio = None
+        if reference.features is not None:
+            precision, recall = precision_recall(
+                all_features, reference.features[_spread(len(reference.features), max_reference)]
+            )
+        if shown:
+            accuracy = torch.cat(shown).double().mean().item()
+        if (
+            unguided_latents is not None
+            and cfg_latents is not None
+            and not torch.allclose(unguided_latents, cfg_latents, atol=1e-4)
+        ):
+            ratio = endpoint_mse_ratio(final, unguided_latents, cfg_latents)
+        row = Row(
+            base=base.name,
+            guidance=kind,
+            adapter=adapter,
+            scale=scale,
+            steps=num_inference_steps,
+            nfe=passes / n,
+            n=n,
+            seed=seed,
+            fd=frechet_distance(*statistics(all_features), reference.mean, reference.covariance),
+            extractor=extractor.name,
+            precision=precision,
+            recall=recall,
+            condition_accuracy=accuracy,
+            endpoint_mse_ratio=ratio,
+            seconds_per_image=seconds / n,
+            base_parameters=base.num_parameters(),
+            adapter_parameters=adapter_parameters,
         )
-    if shown:
-        accuracy = torch.cat(shown).double().mean().item()
-    if (
-        unguided_latents is not None
-        and cfg_latents is not None
-        and not torch.allclose(unguided_latents, cfg_latents, atol=1e-4)
-    ):
-        ratio = endpoint_mse_ratio(final, unguided_latents, cfg_latents)
-    row = Row(
-        base=base.name,
-        guidance=kind,
-        adapter=adapter,
-        scale=scale,
-        steps=num_inference_steps,
-        nfe=meter.nfe(num_mine),
-        n=n,
-        seed=seed,
-        fd=frechet_distance(*statistics(all_features), reference.mean, reference.covariance),
-        extractor=extractor.name,
-        precision=precision,
-        recall=recall,
-        condition_accuracy=accuracy,
-        endpoint_mse_ratio=ratio,
-        seconds_per_image=seconds / num_mine,
-        base_parameters=base.num_parameters(),
-        adapter_parameters=adapter_parameters,
-    )
-    if keep is not None:
-        if processes.is_main_process:
-            file.unlink(missing_ok=True)  # first, so that it never stands beside latents of another measurement
-            write_tensors(file.with_suffix(".safetensors"), {"latents": final})
-            write_json(file, {"inputs": inputs, "row": asdict(row)})
-        processes.wait_for_everyone()  # the next measurement reads it in all processes or in none
+        if batches is not None:
+            if processes.is_main_process:
+                file.unlink(missing_ok=True)  # first, so that it never stands beside latents of another measurement
+                kept_latents = file.with_suffix(".safetensors")
+                write_tensors(kept_latents, {"latents": final})
+                write_json(file, {"inputs": inputs, "row": asdict(row), "latents_sha256": sha256(kept_latents)})
+                shutil.rmtree(batches, ignore_errors=True)
+            processes.wait_for_everyone()  # the next measurement reads it in all processes or in none
     return Evaluation(row, final)
+
+
+def _sample_batch(
+    base: BaseModel,
+    conditions: Sequence[Any],
+    guidance: Guidance,
+    extractor: FeatureExtractor,
+    num_inference_steps: int,
+    seed: int,
+    first: int,
+) -> dict[str, Tensor]:
+    """Sample a batch of images, of which the first is number ``first``, and look at them.
+
+    Returns:
+        ``latents`` (B, C, H, W) and ``features`` (B, D); ``shown`` (B,), whether an image shows what was asked for, where the
+        extractor can tell; forward ``passes`` and ``seconds`` of the sampling, in all.
+    """
+    before = time.perf_counter()
+    with count_forwards(base) as meter:
+        (latents,) = generate(base, conditions, guidance, num_inference_steps, seed, len(conditions), first=first)
+    _synchronize(base)
+    seconds = time.perf_counter() - before
+    features, shown = extractor(base.decode(latents), conditions)
+    tensors = {"latents": latents.float().cpu(), "features": features}
+    tensors |= {"passes": torch.tensor(meter.samples), "seconds": torch.tensor(seconds, dtype=torch.float64)}
+    return tensors if shown is None else tensors | {"shown": shown}
 
 
 def _inputs(
@@ -523,8 +561,9 @@ def _read_kept(file: Path, inputs: dict[str, Any]) -> Evaluation | None:
     value = read_json(file, EvaluationError, "measurement")
     if value.get("inputs") != inputs:
         return None
-    latents = read_tensors(file.with_suffix(".safetensors"), EvaluationError, "measurement's latents").get("latents")
-    if not isinstance(value.get("row"), dict) or latents is None:
+    path = file.with_suffix(".safetensors")
+    latents = read_tensors(path, EvaluationError, "measurement's latents").get("latents")
+    if not isinstance(value.get("row"), dict) or latents is None or value.get("latents_sha256") != sha256(path):
         raise EvaluationError(f"the measurement {file} is damaged: remove it")
     return Evaluation(row_from_dict(value["row"], str(file)), latents)
 

@@ -150,6 +150,7 @@ def evaluation(base_folder: Path, adapters: Path) -> Job:
         base = load_base(base_folder)
         student = AdapterSet.from_pretrained(adapters)
         options: dict[str, Any] = {"n": 16, "num_inference_steps": 4, "progress": False, "keep": folder / "rows"}
+        options["batch_size"] = 4
         for seed in (0, 1):
             unguided = evaluate(base, Unguided(), reference, Pixels(), seed=seed, **options)
             for scale in (1.5, 3.0, 5.0):

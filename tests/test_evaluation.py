@@ -230,7 +230,7 @@ def test_the_row_is_measured_on_the_images_of_the_latents(dit_base: DiTBase, ref
 
 
 WORKER = """
-import json, sys
+import json, os, sys
 import torch
 from accelerate.state import PartialState
 from test_evaluation import MeanColours, the_reference
@@ -241,7 +241,19 @@ from agd_lib.guidance import CFG
 base, processes = load_base(sys.argv[1]), PartialState(cpu=True)
 assert processes.num_processes == 2
 options = dict(n=22, seed=5, num_inference_steps=3, batch_size=4, progress=False, keep=sys.argv[2])
-found = evaluate(base, CFG(2.0), the_reference(), MeanColours(), **options)
+
+
+class Dying(MeanColours):  # ends the second process at its second batch
+    batches = 0
+
+    def __call__(self, images, conditions=None):
+        self.batches += 1
+        if sys.argv[3] == "die" and processes.process_index == 1 and self.batches == 2:
+            os._exit(1)
+        return super().__call__(images, conditions)
+
+
+found = evaluate(base, CFG(2.0), the_reference(), Dying(), **options)
 with open(f"{sys.argv[2]}-{processes.process_index}.json", "w") as file:
     json.dump([found.row.fd, found.row.nfe, found.row.condition_accuracy, found.latents.tolist()], file)
 try:
@@ -253,18 +265,22 @@ else:
 """
 
 
-def test_two_processes_measure_what_one_does(dit_folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "worker.py").write_text(WORKER)
+def measure_together(dit_folder: Path, folder: Path, *how: str) -> subprocess.CompletedProcess[str]:
+    """Two processes measure into ``folder / "kept"``."""
+    (folder / "worker.py").write_text(WORKER)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": path}
-    finished = subprocess.run(
-        [*launcher, str(tmp_path / "worker.py"), str(dit_folder), str(tmp_path / "kept")],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    command = [*launcher, str(folder / "worker.py"), str(dit_folder), str(folder / "kept"), *how]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def test_two_processes_measure_what_one_does_also_when_one_of_them_has_died(dit_folder: Path, tmp_path: Path) -> None:
+    assert measure_together(dit_folder, tmp_path, "die").returncode != 0
+    (batches,) = (path for path in (tmp_path / "kept").iterdir() if path.is_dir())
+    first = {path.name: path.stat().st_mtime_ns for path in batches.iterdir()}
+    assert "batch-0000004.safetensors" in first  # the dead process's own, of six
+    finished = measure_together(dit_folder, tmp_path, "live")
     assert finished.returncode == 0, finished.stderr[-3000:]
     options: dict[str, Any] = {"n": 22, "seed": 5, "num_inference_steps": 3, "progress": False}
     alone = evaluate(load_base(dit_folder), CFG(2.0), the_reference(), MeanColours(), batch_size=4, **options)
@@ -360,15 +376,62 @@ def test_a_measurement_that_was_cut_off_is_made_again_and_a_damaged_one_is_named
     kept = note.read_text()
     note.unlink()  # the latents are written first
     assert torch.equal(measure(dit_base, CFG(3.0), reference, keep=tmp_path).latents, whole.latents)
-    assert {path.name for path in tmp_path.iterdir()} == {note.name, latents.name}
+    assert {path.name for path in tmp_path.iterdir()} == {note.name, latents.name, f".{note.name}.lock"}
     for damaged in (kept.replace('"row"', '"wor"'), kept.replace('"fd"', '"df"'), kept[:-20]):
         note.write_text(damaged)
         with pytest.raises(AGDError, match="cfg-3-seed0"):
             measure(dit_base, CFG(3.0), reference, keep=tmp_path)
     note.write_text(kept)
-    latents.write_bytes(latents.read_bytes()[:-10])
-    with pytest.raises(EvaluationError, match="cfg-3-seed0"):
-        measure(dit_base, CFG(3.0), reference, keep=tmp_path)
+    bytes_ = latents.read_bytes()
+    for damaged_bytes in (bytes_[:-10], bytes_[:-1] + bytes([bytes_[-1] ^ 1])):
+        latents.write_bytes(damaged_bytes)
+        with pytest.raises(EvaluationError, match="cfg-3-seed0"):
+            measure(dit_base, CFG(3.0), reference, keep=tmp_path)
+
+
+class Interrupted(Exception):
+    pass
+
+
+class InterruptedColours(MeanColours):
+    """Is interrupted at the third batch."""
+
+    def __init__(self) -> None:
+        self.batches = 0
+
+    def __call__(self, images: Tensor, conditions: Any = None) -> tuple[Tensor, Tensor | None]:
+        self.batches += 1
+        if self.batches == 3:
+            raise Interrupted
+        return super().__call__(images, conditions)
+
+
+def test_an_interrupted_measurement_goes_on_with_its_next_batch(
+    dit_base: DiTBase, reference: Reference, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"n": N, "num_inference_steps": 4, "batch_size": 3, "progress": False}
+    undisturbed = evaluate(dit_base, CFG(3.0), reference, MeanColours(), **options)
+    with pytest.raises(Interrupted):
+        evaluate(dit_base, CFG(3.0), reference, InterruptedColours(), keep=tmp_path, **options)
+    (batches,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    assert [path.name for path in sorted(batches.iterdir())] == [
+        "batch-0000000.safetensors",
+        "batch-0000003.safetensors",
+    ]
+    with count_forwards(dit_base) as meter:
+        resumed = evaluate(dit_base, CFG(3.0), reference, MeanColours(), keep=tmp_path, **options)
+    assert meter.samples == 8 * 6  # of the six images that were missing
+    assert torch.equal(resumed.latents, undisturbed.latents) and not batches.exists()
+    assert replace(resumed.row, seconds_per_image=0.0) == replace(undisturbed.row, seconds_per_image=0.0)
+
+
+def test_batches_of_another_measurement_are_not_taken(dit_base: DiTBase, reference: Reference, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"n": N, "num_inference_steps": 4, "batch_size": 3, "progress": False, "keep": tmp_path}
+    with pytest.raises(Interrupted):
+        evaluate(dit_base, CFG(3.0, guided_channels=3), reference, InterruptedColours(), **options)
+    with count_forwards(dit_base) as meter:
+        evaluate(dit_base, CFG(3.0), reference, MeanColours(), **options)
+    assert meter.samples == 8 * N
 
 
 def test_guidances_without_one_scale_have_no_row(dit_base: DiTBase) -> None:

@@ -25,7 +25,12 @@ def test_killed_again_and_again_it_loses_nothing_and_ends_the_same(
 
 @pytest.mark.parametrize(
     ("name", "folder"),
-    [("collection", "store"), ("training", "checkpoints"), ("reproduce", "runs/toy")],
+    [
+        ("collection", "store"),
+        ("training", "checkpoints"),
+        ("evaluation", "rows/unguided-1-seed0.json"),
+        ("reproduce", "runs/toy"),
+    ],
 )
 def test_a_second_run_on_the_same_folder_is_refused(
     all_jobs: dict[str, Job], tmp_path: Path, name: str, folder: str
