@@ -32,7 +32,7 @@ from .project import DATA
 from .recipes import held_out_store
 from .results import ResultsError, Row, Summary, best_scale, cell, row_from_dict, summarise
 from .storage import key_of, lock_folder, read_tensors, sha256, write_json, write_tensors
-from .strength import strength_gains
+from .strength import DEFAULT_BELOW, strength_gains
 from .study import PLANS, SEEDS, in_parallel, provenance, rows_of
 
 SAMPLERS: dict[str, Any] = {
@@ -77,7 +77,7 @@ def _intervals(intervals: Sequence[tuple[int, int]], *scales: float) -> tuple[Va
 def _strengths(*scales: float) -> tuple[Variant, ...]:
     """Everywhere, and at two scales in the first interval; as trained, and restored at low noise or at all of it."""
     plain = [*(Variant(scale) for scale in scales), *(Variant(scale, INTERVALS[0]) for scale in (2.0, 3.0))]
-    return tuple(replace(variant, strengthened=share) for share in (0.0, 0.4, 1.0) for variant in plain)
+    return tuple(replace(variant, strengthened=share) for share in (0.0, DEFAULT_BELOW, 1.0) for variant in plain)
 
 
 ABLATIONS: dict[str, dict[str, tuple[Variant, ...]]] = {

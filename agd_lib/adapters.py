@@ -134,13 +134,20 @@ class Adapter(nn.Module):
         self.channels = channels
         self.sizes = sizes
 
-    def condition(self, inputs: AdapterInputs) -> tuple[Tensor, ...]:
+    def condition(self, inputs: AdapterInputs, constant: tuple[Tensor, ...] = ()) -> tuple[Tensor, ...]:
         """The half that depends on (guidance scale, timestep, class or prompt) alone.
+
+        Args:
+            constant: :meth:`constant` of another step of the same samples with the same weights: not computed again.
 
         Returns:
             Tensors with the batch as first dimension; if ``inputs`` are of T steps, with (T, B) as the first two.
         """
         raise NotImplementedError
+
+    def constant(self, condition: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """What of a :meth:`condition`, of one forward pass, is the same at every step and scale."""
+        return ()
 
     def forward(self, hidden_states: Tensor, output: Tensor, condition: tuple[Tensor, ...]) -> Tensor:
         """
@@ -171,7 +178,7 @@ class OffsetAdapter(Adapter):
         self.out_proj = _mlp(d, d, channels, inner_norm=True)
         nn.init.zeros_(self.out_proj[-1].weight)  # type: ignore[arg-type]
 
-    def condition(self, inputs: AdapterInputs) -> tuple[Tensor]:
+    def condition(self, inputs: AdapterInputs, constant: tuple[Tensor, ...] = ()) -> tuple[Tensor]:
         code = self.guidance_scale_encoding(inputs.guidance_scale * self.sizes.scale_multiplier)  # (..., B, d)
         if self.timestep_proj is not None:
             code = code + self.timestep_proj(inputs.timestep_embedding)
@@ -222,7 +229,7 @@ class CrossAttentionAdapter(Adapter):
         angles = torch.arange(self.MAX_TOKENS)[:, None] * wavelengths  # (250, d / 2)
         self.register_buffer("positions", torch.cat([angles.sin(), angles.cos()], dim=-1))  # (250, d)
 
-    def condition(self, inputs: AdapterInputs) -> tuple[Tensor, ...]:
+    def condition(self, inputs: AdapterInputs, constant: tuple[Tensor, ...] = ()) -> tuple[Tensor, ...]:
         """Keys beside values, (..., B, tokens, 2 d): of scale, timestep and class; and of the prompts, if they see any.
 
         The prompts' do not depend on the step: those of T steps are one and the same.
@@ -234,6 +241,8 @@ class CrossAttentionAdapter(Adapter):
         if self.class_proj is not None and inputs.class_embedding is not None:
             tokens.append(self.class_proj(inputs.class_embedding).expand_as(scale))
         own = self._keys_and_values(torch.stack(tokens, dim=-2), first=0)
+        if constant:
+            return own, constant[0].expand(*own.shape[:-2], *constant[0].shape[-2:])
         seen = []  # each (B, L, d)
         if self.prompt_proj is not None and inputs.prompt_embeddings is not None:
             seen.append(self.prompt_proj(inputs.prompt_embeddings))
@@ -243,6 +252,10 @@ class CrossAttentionAdapter(Adapter):
             return (own,)
         prompts = self._keys_and_values(torch.cat(seen, dim=1), first=len(tokens))  # (B, L or 2 L, 2 d)
         return own, prompts.expand(*own.shape[:-2], *prompts.shape[-2:])
+
+    def constant(self, condition: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The prompts' keys and values, (B, L or 2 L, 2 d), if there are any."""
+        return condition[1:]
 
     def _keys_and_values(self, tokens: Tensor, first: int) -> Tensor:
         """Of tokens (..., S, d) at the positions from ``first`` on: (..., S, 2 d)."""
@@ -346,7 +359,7 @@ class ModulatedAdapter(Adapter):
             nn.init.zeros_(last.weight)
         nn.init.zeros_(self.modulation.bias)
 
-    def condition(self, inputs: AdapterInputs) -> Modulation:
+    def condition(self, inputs: AdapterInputs, constant: tuple[Tensor, ...] = ()) -> Modulation:
         assert inputs.code is not None
         shift_code = inputs.shift_code if self.sizes.prompt_dim is None else inputs.token_shift_code
         assert shift_code is not None
@@ -391,7 +404,7 @@ class TimestepShift(Adapter):
         self.projection = nn.Linear(sizes.hidden_size, channels, bias=False)
         nn.init.zeros_(self.projection.weight)
 
-    def condition(self, inputs: AdapterInputs) -> tuple[Tensor]:
+    def condition(self, inputs: AdapterInputs, constant: tuple[Tensor, ...] = ()) -> tuple[Tensor]:
         assert inputs.shift_code is not None
         return (self.projection(inputs.shift_code),)  # (..., B, C)
 

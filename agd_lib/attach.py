@@ -120,13 +120,17 @@ class AdapterSet(nn.Module):
         adapters: the adapters by site; dots in site names are written as slashes, as ``nn.ModuleDict`` asks.
         shared: the code network that they share; None for kinds that do not.
         enabled: while False, the base model behaves as if nothing were attached.
+        card: the model card that they were loaded with; empty for others, and after more training.
     """
+
+    card: str
 
     def __init__(self, config: AdapterConfig) -> None:
         super().__init__()
         if config.kind not in ADAPTERS:
             raise ValueError(f"got adapter kind {config.kind!r}, expected one of: {', '.join(ADAPTERS)}")
         self.config = config
+        self.card = ""
         if config.noise_ranges > 1 and config.kind != "modulated":
             raise ValueError(
                 f"got noise_ranges {config.noise_ranges} for {config.kind} adapters, expected 1: only modulated adapters "
@@ -450,21 +454,31 @@ class AdapterSet(nn.Module):
     def _look_up(self, timestep: float, condition: Condition, run: SamplingRun) -> LayerConditions:
         """The conditions of a step of a run: from those computed ahead, if they were computed from the same."""
         ahead: _Ahead | None = run.ahead.pop(self, None)
-        if (
-            ahead is None
-            or timestep not in ahead.by_timestep
-            or not _same(ahead.scale, self._scale)
-            or not all(_same(ahead.condition.get(name), value) for name, value in condition.items())
+        constants: LayerConditions = {}
+        if ahead is not None and (
+            not all(_same(ahead.condition.get(name), value) for name, value in condition.items())
             or ahead.weights != self._weights_state()
             or ahead.strength != self.config.strength
         ):
-            del ahead  # first, for its memory
-            ahead = self._look_ahead(timestep, condition, run)
+            ahead = None
+        elif ahead is not None and (timestep not in ahead.by_timestep or not _same(ahead.scale, self._scale)):
+            of_a_step = next(iter(ahead.by_timestep.values()))
+            constants = {site: self._at(site).constant(tensors) for site, tensors in of_a_step.items()}
+            ahead = None  # before others are computed, for its memory
+            del of_a_step
+        if ahead is None:
+            ahead = self._look_ahead(timestep, condition, run, constants)
         run.ahead[self] = ahead
         return ahead.by_timestep[timestep]
 
-    def _look_ahead(self, timestep: float, condition: Condition, run: SamplingRun) -> _Ahead:
-        """Compute the conditions of this step and of those that are to come, as far as :data:`ROWS_AHEAD` goes."""
+    def _look_ahead(
+        self, timestep: float, condition: Condition, run: SamplingRun, constants: LayerConditions
+    ) -> _Ahead:
+        """Compute the conditions of this step and of those that are to come, as far as :data:`ROWS_AHEAD` goes.
+
+        Args:
+            constants: by site, what is known of them: :meth:`~agd_lib.adapters.Adapter.constant`.
+        """
         assert self._scale is not None
         batch_size = len(next(iter(condition.values())))
         expected = list(dict.fromkeys(run.scheduler.timesteps.tolist()))  # some schedulers repeat theirs
@@ -472,7 +486,10 @@ class AdapterSet(nn.Module):
         steps = expected[start:][: max(1, ROWS_AHEAD // batch_size)] or [timestep]
         device = next(self.parameters()).device
         conditions = self._compute(
-            torch.tensor(steps, device=device, dtype=torch.float32)[:, None], condition, self._scales(steps, batch_size)
+            torch.tensor(steps, device=device, dtype=torch.float32)[:, None],
+            condition,
+            self._scales(steps, batch_size),
+            constants,
         )
         by_site = [zip(*(tensor.unbind() for tensor in tensors)) for tensors in conditions.values()]
         return _Ahead(
@@ -483,7 +500,9 @@ class AdapterSet(nn.Module):
             {step: dict(zip(conditions, of_step)) for step, of_step in zip(steps, zip(*by_site))},
         )
 
-    def _compute(self, timestep: Tensor, condition: Condition, scale: Tensor) -> LayerConditions:
+    def _compute(
+        self, timestep: Tensor, condition: Condition, scale: Tensor, constants: LayerConditions | None = None
+    ) -> LayerConditions:
         """Of one forward pass: timestep and scale are (B,). Of T passes: (T, 1) and (T, B), and T comes first in all."""
         assert self._base is not None
         if self.config.strength:
@@ -494,7 +513,7 @@ class AdapterSet(nn.Module):
         if self.shared is not None:
             inputs = self.shared(inputs)
         sites = (*self.config.sites, *self.config.timestep_sites)
-        return {site: self._at(site).condition(inputs) for site in sites}
+        return {site: self._at(site).condition(inputs, (constants or {}).get(site, ())) for site in sites}
 
     def _scales(self, timesteps: Sequence[float | Tensor], batch_size: int) -> Tensor:
         """The scale at each timestep, (T, B)."""
@@ -616,7 +635,8 @@ class AdapterSet(nn.Module):
         """Write ``config.json``, ``adapter_model.safetensors`` and a model card, all or nothing.
 
         Args:
-            folder: replaced if it exists. card: text for the model card (measured results belong there).
+            folder: replaced if it exists. card: text for the model card (measured results belong there); by default the one
+                that the adapters were loaded with, or one without results.
 
         Raises:
             WriteError: if the disk refuses; nothing half-written is left.
@@ -625,7 +645,7 @@ class AdapterSet(nn.Module):
             temporary.mkdir()
             write_tensors(temporary / WEIGHTS_NAME, self.state_dict())
             write_json(temporary / CONFIG_NAME, asdict(self.config))
-            (temporary / CARD_NAME).write_text(card or default_card(self.config), encoding="utf-8")
+            (temporary / CARD_NAME).write_text(card or self.card or default_card(self.config), encoding="utf-8")
 
     def push_to_hub(self, repo_id: str, card: str = "", private: bool = False) -> str:
         """Upload what :meth:`save_pretrained` writes to the hub; the repository is made if there is none.
@@ -656,17 +676,34 @@ class AdapterSet(nn.Module):
                 ) from error
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu") -> AdapterSet:
+    def from_pretrained(
+        cls, folder: str | Path, device: str | torch.device = "cpu", revision: str | None = None
+    ) -> AdapterSet:
         """Load adapters from a folder that :meth:`save_pretrained` wrote, or from a hub id.
+
+        Args:
+            revision: of the hub's repository: a commit's hash gives the same adapters for ever. None: the newest.
 
         Raises:
             AdapterError: if files are missing, malformed, truncated, pickled, or of an unknown format version.
         """
-        folder = _local_folder(folder)
+        folder = _local_folder(folder, revision)
         config = config_from_dict(read_json(folder / CONFIG_NAME, AdapterError, "adapter config"), folder)
         tensors = read_tensors(folder / WEIGHTS_NAME, AdapterError, "adapter weights")
         adapters = cls.from_tensors(config, tensors, f"the weights in {folder} do not fit its config.json")
+        adapters.card = _card_of(folder)
         return adapters.to(device)
+
+
+def _card_of(folder: Path) -> str:
+    """The model card in a folder of adapters; empty if there is none, or none that is a text of reasonable length."""
+    path = folder / CARD_NAME
+    if not path.is_file() or path.stat().st_size > 2**20:
+        return ""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return ""
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -808,7 +845,7 @@ def _are_sites(value: Any) -> bool:
 def _are_places(value: Any) -> bool:
     return (
         isinstance(value, dict)
-        and len(value) <= 10_000
+        and len(value) <= 500
         and all(re.fullmatch(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)+", site) and _is_size(value[site]) for site in value)
     )
 
@@ -821,8 +858,8 @@ _CONFIG_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "class_dim": (_is_size_or_none, "a size from 1 to 65,536, or null"),
     "prompt_dim": (_is_size_or_none, "a size from 1 to 65,536, or null"),
     "negative_dim": (_is_size_or_none, "a size from 1 to 65,536, or null"),
-    "sites": (_are_sites, "attention layers by name, each with a size from 1 to 65,536"),
-    "timestep_sites": (_are_places, "projections by name, each with a size from 1 to 65,536"),
+    "sites": (_are_sites, "at most 500 attention layers by name, each with a size from 1 to 65,536"),
+    "timestep_sites": (_are_places, "at most 500 projections by name, each with a size from 1 to 65,536"),
     "guidance_range": (_is_range, "[w_min, w_max] with 0 <= w_min <= w_max"),
     "scale_multiplier": (_is_number, "a number"),
     "noise_ranges": (_is_number_of_ranges, "a whole number from 1 to 100"),
@@ -833,7 +870,7 @@ _CONFIG_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 """Field of an adapter config -> (test, what is expected). Every other field is a text."""
 
 
-def _local_folder(folder: str | Path) -> Path:
+def _local_folder(folder: str | Path, revision: str | None) -> Path:
     path = Path(folder)
     if path.is_dir():
         return path
@@ -845,6 +882,7 @@ def _local_folder(folder: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(folder), allow_patterns=[CONFIG_NAME, WEIGHTS_NAME, CARD_NAME]))
+        wanted = [CONFIG_NAME, WEIGHTS_NAME, CARD_NAME]
+        return Path(snapshot_download(str(folder), revision=revision, allow_patterns=wanted))
     except Exception as error:  # the hub client raises many kinds
         raise AdapterError(f"could not fetch the adapters {str(folder)!r} from the hub: {error}") from error

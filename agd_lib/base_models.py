@@ -115,9 +115,13 @@ class BaseModel(ABC):
         scheduler: the pipeline's own scheduler.
         vae: the autoencoder.
         run: the sampling run whose step is being made; None outside :meth:`running`.
+        offload: whether the denoiser leaves its device while a text encoder or the autoencoder is there; see
+            :func:`load_base`.
     """
 
     denoiser: Any
+    offload: bool = False
+    _home: torch.device | None = None  # the denoiser's, while another model has its place
 
     def __init__(self, pipeline: Any, name: str, revision: str | None = None) -> None:
         self.pipeline = pipeline
@@ -144,6 +148,14 @@ class BaseModel(ABC):
     @abstractmethod
     def blank_condition(self, batch_size: int) -> Condition:
         """Zeros in the shapes of a condition, from the configuration alone: what costs can be counted on."""
+
+    def takes(self, condition: Condition) -> bool:
+        """Whether this is a condition of the model: by the names, dimensions and widths of its tensors."""
+        blank = self.blank_condition(1)
+        return condition.keys() == blank.keys() and all(
+            value.ndim == blank[name].ndim and value.ndim > 0 and value.shape[2:] == blank[name].shape[2:]
+            for name, value in condition.items()
+        )
 
     @abstractmethod
     def all_conditions(self) -> list[Any]:
@@ -206,8 +218,8 @@ class BaseModel(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Device of the denoiser."""
-        return next(self.denoiser.parameters()).device
+        """Device of the denoiser; the one that it returns to, while another model has its place there."""
+        return self._home or next(self.denoiser.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -221,6 +233,17 @@ class BaseModel(ABC):
         size = config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         return int(config.in_channels), int(height), int(width)
+
+    @property
+    def images_at_once(self) -> int:
+        """How many images are decoded at once, and sampled at once if nothing else is asked for: a million pixels of them.
+
+        One of 1024 x 1024 or 768 x 768, 16 of 256 x 256. Activations grow with pixels: so they take no more of a card than
+        one image does, and one image keeps a card busy.
+        """
+        _, height, width = self.latent_shape
+        side = 2 ** (len(self.vae.config.block_out_channels) - 1)  # of the square of pixels that a latent stands for
+        return max(1, 2**20 // (height * width * side**2))
 
     @property
     def prediction_type(self) -> str:
@@ -251,9 +274,11 @@ class BaseModel(ABC):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, h, w) to images (B, 3, H, W), float32 in [0, 1]."""
+        """Latents (B, C, h, w) to images (B, 3, H, W), float32 in [0, 1]; :attr:`images_at_once` of them at a time."""
         with self._on_device(self.vae):
-            return (self.vae.decode(self._unscaled(latents.to(self.vae.dtype))).sample / 2 + 0.5).clamp(0, 1).float()
+            chunks = self._unscaled(latents.to(self.vae.dtype)).split(self.images_at_once)
+            decoded = [(self.vae.decode(chunk).sample / 2 + 0.5).clamp(0, 1).float() for chunk in chunks]
+        return torch.cat(decoded)
 
     def _unscaled(self, latents: Tensor) -> Tensor:
         """Latents as the autoencoder takes them."""
@@ -289,15 +314,26 @@ class BaseModel(ABC):
 
     @contextmanager
     def _on_device(self, *models: Any) -> Iterator[None]:
-        """The text encoders or the autoencoder on the denoiser's device inside the block, then where they were."""
-        moved = [(model, model.device) for model in models if model.device != self.device]
-        for model, _ in moved:
-            model.to(self.device)
+        """The text encoders or the autoencoder on the denoiser's device inside the block, then where they were.
+
+        With :attr:`offload` in the denoiser's place, which waits where they came from.
+        """
+        device = self.device
+        moved = [(model, model.device) for model in models if model.device != device]
+        makes_room = self.offload and self._home is None and bool(moved)
+        if makes_room:
+            self._home = device
+            self.denoiser.to(moved[0][1])
         try:
+            for model, _ in moved:
+                model.to(device)
             yield
         finally:
             for model, place in moved:
                 model.to(place)
+            if makes_room:
+                self.denoiser.to(device)
+                self._home = None
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> BaseModel:
         """Move the whole pipeline; returns self."""
@@ -381,6 +417,13 @@ class DiTBase(BaseModel):
 
     def blank_condition(self, batch_size: int) -> Condition:
         return {"class_labels": torch.zeros(batch_size, dtype=torch.int64, device=self.device)}
+
+    def takes(self, condition: Condition) -> bool:
+        """See :meth:`BaseModel.takes`; and by the range of the class labels."""
+        if not super().takes(condition):
+            return False
+        labels = condition["class_labels"]
+        return labels.dtype == torch.int64 and bool(((labels >= 0) & (labels < self.num_classes)).all())
 
     def all_conditions(self) -> list[int]:
         return list(range(self.num_classes))
@@ -590,6 +633,12 @@ class StableDiffusionBase(BaseModel):
         width = int(self.denoiser.config.cross_attention_dim)
         return {"encoder_hidden_states": torch.zeros(batch_size, length, width, device=self.device, dtype=self.dtype)}
 
+    def takes(self, condition: Condition) -> bool:
+        """See :meth:`BaseModel.takes`; negative prompts may be there, and are as their prompts."""
+        given = dict(condition)
+        negatives = {name: given.pop(key) for name, key in self._NEGATIVES.items() if key in condition}
+        return super().takes(given) and super().takes(given | negatives)
+
     def all_conditions(self) -> list[Any]:
         raise ValueError(
             f"{self.name} is a text-to-image model: it takes any prompt and has no list of them. Give the prompts "
@@ -678,15 +727,8 @@ class StableDiffusionXLBase(StableDiffusionBase):
         tokens, _, pooled, _ = self.pipeline.encode_prompt(
             prompts, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
-        size = tuple(length * self.pipeline.vae_scale_factor for length in self.latent_shape[1:])
-        time_ids = self.pipeline._get_add_time_ids(
-            size, (0, 0), size, tokens.dtype, text_encoder_projection_dim=pooled.shape[-1]
-        )
-        return {
-            "encoder_hidden_states": tokens,
-            "text_embeds": pooled.to(self.device),
-            "time_ids": time_ids.to(self.device).repeat(len(prompts), 1),
-        }
+        pooled = pooled.to(self.device)
+        return {"encoder_hidden_states": tokens, "text_embeds": pooled, "time_ids": self._time_ids(pooled)}
 
     def _tokenizers(self) -> list[Any]:
         return [self.pipeline.tokenizer, self.pipeline.tokenizer_2]
@@ -695,11 +737,19 @@ class StableDiffusionXLBase(StableDiffusionBase):
         return [self.pipeline.text_encoder, self.pipeline.text_encoder_2]
 
     def _encode_null(self) -> Condition:
-        """The empty prompt; zeros in its place where the pipeline says so, as SDXL's does."""
-        null = self.encode([""])
-        if self.pipeline.config.force_zeros_for_empty_prompt:
-            null |= {name: torch.zeros_like(null[name]) for name in ("encoder_hidden_states", "text_embeds")}
-        return null
+        """The empty prompt; zeros in its place where the pipeline says so, as SDXL's does, and no encoding then."""
+        if not self.pipeline.config.force_zeros_for_empty_prompt:
+            return self.encode([""])
+        zeros = self.blank_condition(1)
+        return zeros | {"time_ids": self._time_ids(zeros["text_embeds"])}
+
+    def _time_ids(self, pooled: Tensor) -> Tensor:
+        """The image size, with no crop, for each of the pooled embeddings (B, E): (B, 6)."""
+        size = tuple(length * self.pipeline.vae_scale_factor for length in self.latent_shape[1:])
+        ids: Tensor = self.pipeline._get_add_time_ids(
+            size, (0, 0), size, pooled.dtype, text_encoder_projection_dim=pooled.shape[-1]
+        )
+        return ids.to(self.device).repeat(len(pooled), 1)
 
     def unconditional(self, condition: Condition) -> Condition:
         """The null condition, or the negative prompts, with the sizes and crops of the condition, as the pipeline has it."""
@@ -811,8 +861,9 @@ def load_base(
             architecture and prediction type, for the configuration and the tokenizer. By default the hub's for SDXL or
             SD 1.5, whichever the file's text encoder is of; ``revision`` is of that repository. A file that does not
             tell its prediction type (SD 2.x), or is of another (SDXL with v-prediction or EDM), needs it.
-        offload: put the denoiser alone on ``device``. The text encoders and the autoencoder stay in the computer's memory
-            and come to the device for the time of a call; training never calls them.
+        offload: put the denoiser alone on ``device``. The text encoders and the autoencoder stay in the computer's memory.
+            They come to the device for the time of a call, and the denoiser makes room for them: what is needed is the
+            larger of the two, not their sum. Training never calls them.
 
     Raises:
         BaseModelError: if there is no such model, it holds no safetensors, it is of another kind, or a single file needs
@@ -833,6 +884,7 @@ def load_base(
     if not offload:
         pipeline.to(device)
     base = base_from_pipeline(pipeline, str(name), None if is_file else revision)
+    base.offload = offload
     base.denoiser.to(device)
     return base
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from .attach import AdapterSet
-from .base_models import BaseModel
+from .base_models import KNOWN_BASES, BaseModel
 from .training import Student, TrainingSettings
 from .trajectories import CollectionPlan, predicted_size
 
@@ -103,17 +103,23 @@ class Job:
     weights: tuple[str, str] | None = None
 
 
-_DIT_XL = ("facebook/DiT-XL-2-256", "refs/pr/1")
+_DIT_XL, _SD21, _SDXL = (
+    (KNOWN_BASES[name].source, KNOWN_BASES[name].revision or "main") for name in ("dit-xl-2-256", "sd21", "sdxl")
+)
 
 JOBS = (
-    Job("the notebooks on tiny-dit, with their defaults", 3, 0, 0.5),
-    Job("`make reproduce`: the whole experiment on tiny-dit", 3, 0, 1),
+    Job("the notebooks on the small models, with their defaults", 3, 0, 0.5),
+    Job("`make reproduce`: the whole experiment on the small models", 3, 0, 1.5),
     Job("a few images by DiT-XL/2 256 on the processor: minutes each", 8, 0, 4, _DIT_XL),
     Job("images by DiT-XL/2 256 on a GPU", 8, 6, 4, _DIT_XL),
-    Job("the paper's whole experiment on DiT-XL/2 256", 16, 24, 12, _DIT_XL),
+    Job("DiT-XL/2 256: the paper's whole experiment", 16, 24, 12, _DIT_XL),
+    Job("Stable Diffusion 2.1 768: the same in less memory, profile `small-gpu`", 16, 8, 12, _SD21),
+    Job("Stable Diffusion 2.1 768: the paper's whole experiment", 24, 24, 12, _SD21),
+    Job("SDXL 1024: the same in less memory, profile `small-gpu`", 20, 12, 20, _SDXL),
+    Job("SDXL 1024: the paper's whole experiment", 24, 24, 20, _SDXL),
 )
-"""The paper used one GPU of 24 GB for everything. Its authors keep every step of its trajectories, 98.3 GB; the ``paper``
-profile keeps as many as training reads."""
+"""The paper used one GPU of 24 GB for everything. Its authors keep every step of its trajectories, 66 to 131 GB; the ``paper``
+profiles keep as many as training reads."""
 
 
 def what_runs(folder: str | Path = ".") -> list[tuple[str, bool, str]]:

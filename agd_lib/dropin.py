@@ -60,7 +60,7 @@ PIPELINES: dict[Any, type[DiTBase | StableDiffusionBase]] = {
 """The pipelines that take adapters."""
 
 
-def load_agd(pipeline: Any, adapters: str | Path | AdapterSet) -> LoadedAdapters:
+def load_agd(pipeline: Any, adapters: str | Path | AdapterSet, revision: str | None = None) -> LoadedAdapters:
     """Guide a diffusers pipeline by adapters: from now on its calls make one forward pass a step.
 
     The ``guidance_scale`` of a call goes to the adapters. It is, as before, a number, by default the pipeline's own
@@ -79,6 +79,7 @@ def load_agd(pipeline: Any, adapters: str | Path | AdapterSet) -> LoadedAdapters
         pipeline: one of :data:`PIPELINES`. Adapters that it was given before are unloaded.
         adapters: a folder or a hub id (see :meth:`AdapterSet.from_pretrained`), or the adapters themselves; one set may
             serve many pipelines.
+        revision: of the hub's repository that the id names: a commit's hash gives the same adapters for ever.
 
     Returns:
         The handle, also to be had as ``pipeline.agd``.
@@ -88,7 +89,7 @@ def load_agd(pipeline: Any, adapters: str | Path | AdapterSet) -> LoadedAdapters
         BaseModelError: for a pipeline of another kind.
     """
     base = _base_of(pipeline)
-    loaded = adapters if isinstance(adapters, AdapterSet) else AdapterSet.from_pretrained(adapters)
+    loaded = adapters if isinstance(adapters, AdapterSet) else AdapterSet.from_pretrained(adapters, revision=revision)
     loaded.check_fit(base)
     if isinstance(pipeline, _Guided):
         pipeline.agd.unload()

@@ -32,7 +32,7 @@ from .extractor import ShapesExtractor, load_local
 from .guidance import AGD, CFG, Guidance, GuidanceInterval, Unguided
 from .results import Row, row_from_dict
 from .sampling import generate
-from .storage import key_of, lock_folder, read_json, read_tensors, sha256, write_json, write_tensors
+from .storage import key_of, lock_folder, read_json, read_tensors, refuse_link, sha256, write_json, write_tensors
 
 
 class EvaluationError(AGDError):
@@ -558,10 +558,11 @@ def _read_kept(file: Path, inputs: dict[str, Any]) -> Evaluation | None:
     """What :func:`evaluate` kept, if it was made from the same inputs."""
     if not file.is_file():
         return None
+    for path in (file, file.with_suffix(".safetensors")):
+        refuse_link(path, EvaluationError)
     value = read_json(file, EvaluationError, "measurement")
-    if value.get("inputs") != inputs:
+    if value.get("inputs") != inputs or "latents_sha256" not in value:  # which older versions did not write
         return None
-    path = file.with_suffix(".safetensors")
     latents = read_tensors(path, EvaluationError, "measurement's latents").get("latents")
     if not isinstance(value.get("row"), dict) or latents is None or value.get("latents_sha256") != sha256(path):
         raise EvaluationError(f"the measurement {file} is damaged: remove it")

@@ -1,4 +1,4 @@
-"""What a training step or a collection step will take of a device's memory, counted before anything is loaded.
+"""What training, collection, and decoding will take of a device's memory, counted before anything is loaded.
 
 The real code of the library runs once on *fake* tensors, which have shapes and storages but no values (torch's
 ``FakeTensorMode``), and every storage is noted from its birth to its death. Nothing is estimated from tables: what
@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import itertools
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from .attach import AdapterSet
-from .base_models import BaseModel
+from .base_models import BaseModel, StableDiffusionBase
 from .budget import gpu_memory_gib
 from .guidance import CFG
 from .training import Student, TrainingSettings, optimizers
@@ -48,8 +48,8 @@ class MemorySettings:
         dtype: of the base model; adapters, gradients and optimiser are in float32 all the same. bfloat16 halves the
             weights and what is saved of them for backward; collection wants float32.
         gradient_checkpointing: training computes each block again in backward: about a forward pass more a step.
-        offload: text encoders and autoencoder stay in the computer's memory until they are called, see
-            :func:`agd_lib.base_models.load_base`. Training never calls them.
+        offload: text encoders and autoencoder stay in the computer's memory until they are called, and the denoiser makes
+            room for them then, see :func:`agd_lib.base_models.load_base`. Training never calls them.
     """
 
     dtype: torch.dtype = torch.float32
@@ -306,8 +306,8 @@ def settings_that_fit(
 def collection_memory(base: BaseModel, batch_size: int, settings: MemorySettings | None = None) -> Prediction:
     """The peak of Algorithm 1, :func:`agd_lib.trajectories.collect`, on one device: one guided step on fake tensors.
 
-    The flops are those of one step of the sampler. Prompts are encoded before the first step, and their encoders'
-    own passing memory is not counted.
+    And of sampling with CFG, which takes the same steps. The flops are those of one. For what prompts and images take see
+    :func:`encoding_memory` and :func:`decoding_memory`: the most of the three is needed.
 
     Args:
         base: only its configuration is read. batch_size: trajectories side by side; each makes two forward passes.
@@ -333,6 +333,74 @@ def collection_step(base: BaseModel, batch_size: int, tracker: LiveStorages) -> 
     target = teacher.combine(unconditional, conditional, torch.ones(batch_size, dtype=base.dtype))
     (target - conditional).float().square().flatten(1).mean(dim=1)
     return 0
+
+
+def decoding_memory(base: BaseModel, settings: MemorySettings | None = None) -> Memory:
+    """The peak of ``base.decode`` on one device, of any number of images: it takes ``base.images_at_once`` of them at a time.
+
+    The images themselves are not counted, 12 MiB for each of 1024 x 1024 pixels.
+
+    Args:
+        base: only its configuration is read.
+    """
+    settings = settings or MemorySettings()
+    upcast = settings.dtype == torch.float16 and base.vae.config.get("force_upcast", False)
+    dtype = torch.float32 if upcast else settings.dtype
+    with FakeTensorMode():
+        with torch.device("meta"):
+            autoencoder = type(base.vae).from_config(base.vae.config)
+        vae, latents = (
+            _fake(autoencoder, dtype).eval(),
+            torch.zeros(base.images_at_once, *base.latent_shape, dtype=dtype),
+        )
+        return _predict_visit(base, settings, [vae], lambda: vae.decode(latents).sample.float())
+
+
+def encoding_memory(base: StableDiffusionBase, settings: MemorySettings | None = None) -> Memory:
+    """The peak of ``base.encode`` on one device, of any number of prompts: it takes 32 of them at a time.
+
+    Args:
+        base: only its configuration is read.
+    """
+    settings = settings or MemorySettings()
+    with FakeTensorMode():
+        with torch.device("meta"):
+            blank = [type(encoder)(encoder.config) for encoder in base._text_encoders()]
+        encoders: list[Any] = [_fake(encoder, settings.dtype).eval() for encoder in blank]
+        tokens = [
+            torch.zeros(base.PROMPTS_AT_ONCE, encoder.config.max_position_embeddings, dtype=torch.int64)
+            for encoder in encoders
+        ]
+
+        def encode() -> None:
+            embeddings = []
+            for encoder, ids in zip(encoders, tokens):
+                embeddings.append(encoder(ids, output_hidden_states=True).hidden_states[-2])
+
+        return _predict_visit(base, settings, encoders, encode)
+
+
+@torch.no_grad()
+def _predict_visit(
+    base: BaseModel, settings: MemorySettings, visitors: Sequence[nn.Module], call: Callable[[], object]
+) -> Memory:
+    """The peak of a call of models that are on the device for its time alone, if ``settings.offload``."""
+    with LiveStorages() as tracker:
+        tracker.name((p for visitor in visitors for p in visitor.parameters()), "weights")
+        call()
+    sizes, _ = tracker.peak()
+    weights = sizes.pop("weights")
+    return Memory(
+        base=0 if settings.offload else sum(p.numel() for p in base.denoiser.parameters()) * settings.dtype.itemsize,
+        other_models=weights if settings.offload else _other_models(base, settings.dtype),
+        adapters=0,
+        optimizer=0,
+        gradients=0,
+        activations=0,
+        transient=sum(sizes.values()),
+        saved=0,
+        moment="call",
+    )
 
 
 def _predict(base: BaseModel, settings: MemorySettings, step: Callable[[LiveStorages], int]) -> Prediction:
@@ -373,7 +441,7 @@ def _fake(module: ModuleT, dtype: torch.dtype = torch.float32) -> ModuleT:
         for name, parameter in part.named_parameters(recurse=False):
             part.register_parameter(name, nn.Parameter(torch.empty(parameter.shape, dtype=dtype)))
         for name, buffer in part.named_buffers(recurse=False):
-            part._buffers[name] = torch.empty(buffer.shape, dtype=dtype)
+            part._buffers[name] = torch.empty(buffer.shape, dtype=dtype if buffer.is_floating_point() else buffer.dtype)
     return module
 
 

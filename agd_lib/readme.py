@@ -6,9 +6,11 @@ headline, which is made from the studies' files.
 
 from __future__ import annotations
 
+import math
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from .ablations import interval_table, read_ablation, strength_table
@@ -16,9 +18,10 @@ from .errors import AGDError
 from .negatives import TABLE_NOTE, negatives_table, read_negatives
 from .project import DATA, ROOT, display_path
 from .recipes import read_variants, variant_table
-from .results import at_best_scales, cell, markdown_table
+from .results import Row, at_best_scales, cell, markdown_table
 from .rivals import comparison_table, read_comparison
 from .storage import read_json, writing
+from .strength import DEFAULT_BELOW
 from .study import PLANS, read_study
 from .transfer import gain_kept
 
@@ -48,12 +51,29 @@ def results_table(path: Path) -> str:
 
 
 def headline_table(path: Path) -> str:
-    """Every method of every study at its own best scale; the studies lie beside ``path``."""
-    rows = [row for name in PLANS for row in read_study(path.with_name(f"{name}.json"))]
+    """Every method of every study at its own best scale, and the adapters with their strength restored, where that was
+    measured; the files lie beside ``path``."""
+    rows: list[Row] = []
+    for name in PLANS:
+        rows += read_study(path.with_name(f"{name}.json")) + restored_rows(path.with_name(f"{name}-strength.json"))
     return (
-        "Every method at the scale where its own distance is lowest, mean ± standard deviation over three seeds; from the tables below, "
-        f"where the other scales are.\n\n{markdown_table(at_best_scales(rows))}"
+        "Every method at that of the measured scales where its own distance is lowest, mean ± standard deviation over three seeds (*: of "
+        "noise alone, with the shipped adapters, of one training); from the tables below, where the other scales are.\n\n"
+        f"{markdown_table(at_best_scales(rows))}"
     )
+
+
+def restored_rows(path: Path) -> list[Row]:
+    """The rows of adapters with their strength restored at low noise, everywhere and in an interval; none without a file."""
+    if not path.is_file():
+        return []
+    found = []
+    for each in read_ablation(path):
+        if each.row.guidance == "agd" and each.variant.strengthened == DEFAULT_BELOW:
+            interval = each.variant.interval
+            where = "" if interval is None else f", guided at t from {interval[0]} to {interval[1]}"
+            found.append(replace(each.row, adapter=f"{each.row.adapter}, strength restored{where} *"))
+    return found
 
 
 def speed_table(path: Path) -> str:
@@ -63,15 +83,15 @@ def speed_table(path: Path) -> str:
     lines = [
         f"Medians over rounds, timed in turn in one run of `make bench`, on {cpu['count']} cores of {cpu['brand_raw']} with torch "
         f"{about['machine_info']['torch']}; kept in [`{display_path(path)}`]({display_path(path)}). The limit is 2 / (1 + the "
-        "adapters' share of the counted operations).",
+        "adapters' share of the counted operations); CFG / unguided is what a single pass of the model without any adapters reaches.",
         "",
-        "| model | adapters | share of parameters | batch | CFG, ms a step and image | AGD | CFG / AGD | limit |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model | adapters | share of parameters | batch | CFG, ms a step and image | AGD | CFG / AGD | CFG / unguided | limit |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
         f"| {row['base']} | {row['adapter']} | {row['adapter_share']:.1%} | {row['batch_size']} "
         f"| {1000 * row['cfg_seconds_per_image']:,.1f} | {1000 * row['agd_seconds_per_image']:,.1f} | {row['ratio']:.2f} "
-        f"| {row['ratio_limit']:.2f} |"
+        f"| {row['unguided_ratio']:.2f} | {row['ratio_limit']:.2f} |"
         for row in found
         if "adapter" in row
     ]
@@ -81,6 +101,30 @@ def speed_table(path: Path) -> str:
         for row in found
         if "what" in row
     ]
+    return "\n".join(lines)
+
+
+def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
+    """The power with which costs grow over sizes: the slope of the straight line through both logarithms."""
+    x, y = ([math.log(value) for value in values] for values in (sizes, costs))
+    return statistics.linear_regression(x, y).slope
+
+
+def growth_table(path: Path) -> str:
+    """How costs grow with the work, as ``tests/growth.py`` measured it."""
+    about = read_json(path, ReadmeError, "record of growth")
+    lines = [
+        f"`{about['command']}`; kept in [`{display_path(path)}`]({display_path(path)}). A power of 1 is growth in proportion, of 0 none.",
+        "",
+        "| | from ... to | seconds | power | MiB | power |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in about["rows"]:
+        sizes, seconds, memory = row["sizes"], row["seconds"], row["mebibytes"]
+        lines.append(
+            f"| {row['what']} | {sizes[0]:,} to {sizes[-1]:,} {row['size']} | {seconds[0]:.3f} to {seconds[-1]:.3f} "
+            f"| {exponent(sizes, seconds):.2f} | {memory[0]:.0f} to {memory[-1]:.0f} | {exponent(sizes, memory):.2f} |"
+        )
     return "\n".join(lines)
 
 
@@ -158,13 +202,16 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "tiny-dit-interval": intervals_table,
     "tiny-sd21-interval": intervals_table,
     "tiny-dit-strength": strengths_table,
+    "tiny-sd21-strength": strengths_table,
     "tiny-sd21-negatives": negative_prompts_table,
     "tiny-sd21-transfer": transfer_table,
     "tiny-dit-thrift": recipe_table,
     "tiny-dit-states": recipe_table,
     "tiny-dit-weighting": recipe_table,
     "tiny-dit-noisiest": recipe_table,
+    "tiny-sd21-sites": recipe_table,
     "speed": speed_table,
+    "growth": growth_table,
 }
 """How the table of each file is made."""
 

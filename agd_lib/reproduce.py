@@ -53,7 +53,7 @@ from PIL import Image
 
 from .base_models import KNOWN_BASES
 from .budget import environment_report, format_seconds
-from .errors import AGDError
+from .errors import AGDError, WriteError
 from .project import DATA, ROOT, display_path, find_folder, repository_path
 from .prompts import COCO_MEMBERS
 from .report import write_report
@@ -332,12 +332,13 @@ def execute(path: Path, output: Path, parameters: dict[str, Any], label: str) ->
 
     Raises:
         NotebookFailure: naming the cell and the error; the notebook up to there is at ``<name>.failed.ipynb``.
+        WriteError: if the system refuses a write.
         KeyboardInterrupt: if the run was interrupted, wherever the signal arrived.
     """
     failed = output.with_name(f"{path.stem}.failed.ipynb")
-    failed.unlink(missing_ok=True)
-    output.parent.mkdir(parents=True, exist_ok=True)
     try:
+        failed.unlink(missing_ok=True)
+        output.parent.mkdir(parents=True, exist_ok=True)
         return papermill.execute_notebook(
             str(path),
             str(output),
@@ -358,6 +359,11 @@ def execute(path: Path, output: Path, parameters: dict[str, Any], label: str) ->
         raise NotebookFailure(
             f"{path.name} stopped: its Python process died ({error}). Most often the memory was not enough. "
             f"The notebook up to there: {display_path(failed)}"
+        ) from error
+    except OSError as error:  # papermill writes the notebook as it goes
+        raise WriteError(
+            f"could not write {output}: {error}. Make room or choose another folder, then run the same command again: finished "
+            "notebooks are kept"
         ) from error
 
 

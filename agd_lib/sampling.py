@@ -126,7 +126,7 @@ def generate(
     guidance: Guidance,
     num_inference_steps: int = 20,
     seed: int = 0,
-    batch_size: int = 128,
+    batch_size: int | None = None,
     progress: str | None = None,
     first: int = 0,
 ) -> Iterator[Tensor]:
@@ -137,9 +137,11 @@ def generate(
     Args:
         conditions: one per sample, as ``base.encode`` takes them. The scale of ``guidance`` must serve any batch: a
             number or a schedule.
+        batch_size: images at once; None: :attr:`~agd_lib.base_models.BaseModel.images_at_once`, at most 128.
         progress: label of a progress bar; None for none.
         first: number of the first sample, where these are a part of more.
     """
+    batch_size = batch_size or min(128, base.images_at_once)
     starts = range(0, len(conditions), batch_size)
     for start in tqdm(starts, desc=progress, disable=progress is None):
         chunk = conditions[start : start + batch_size]

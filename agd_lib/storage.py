@@ -189,6 +189,12 @@ def read_tensors(path: Path, error: type[AGDError], what: str) -> dict[str, Tens
         raise error(f"the {what} {path} is damaged ({cause}): it was truncated or edited; make it again") from cause
 
 
+def refuse_link(path: Path, error: type[AGDError]) -> None:
+    """Raise ``error`` if a file is a link: what this library writes for itself it reads nowhere else."""
+    if path.is_symlink():
+        raise error(f"{path} is a link, expected a file: nothing outside its own folder is read")
+
+
 def sha256(path: Path) -> str:
     """Checksum of a file's bytes."""
     with open(path, "rb") as file:

@@ -17,6 +17,9 @@ from .base_models import BaseModel
 from .training import Student, scale_weights
 from .trajectories import TrajectoryStore
 
+DEFAULT_BELOW = 0.4
+"""Share of the noise levels, from the cleanest, at which strength is restored: chosen on tiny-dit."""
+
 MAX_GAIN = 2.0
 """A student that hardly guides at a noise level is not asked for more than this much more there."""
 
@@ -26,7 +29,7 @@ def strength_gains(
     base: BaseModel,
     adapters: AdapterSet,
     store: TrajectoryStore,
-    below: float = 0.4,
+    below: float = DEFAULT_BELOW,
     num_ranges: int = 10,
     batch_size: int = 256,
 ) -> tuple[float, ...]:

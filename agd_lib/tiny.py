@@ -325,7 +325,7 @@ def build_tiny_dit(
     if not (output / "vae").exists():
         save_model(train_vae(make_images(TRAIN_SEED, num_images, wide=True)[0], vae_steps), output / "vae")
     if not (output / "transformer").exists():
-        vae = AutoencoderKL.from_pretrained(output / "vae")
+        vae = AutoencoderKL.from_pretrained(output / "vae", use_safetensors=True, local_files_only=True)
         mean, std = encode_all(vae, images)
         dit = None
         for cycle, (num_layers, steps, learning_rate) in enumerate(dit_cycles):
@@ -337,7 +337,7 @@ def build_tiny_dit(
             }
             if finished.exists():
                 check_settings(finished, settings)
-                dit = DiTTransformer2DModel.from_pretrained(finished)
+                dit = DiTTransformer2DModel.from_pretrained(finished, use_safetensors=True, local_files_only=True)
                 continue
             checkpoint = Checkpoint(work / f"cycle-{cycle}-unfinished", settings)
             dit = train_dit(
@@ -366,8 +366,10 @@ def build_tiny_dit(
         rows = [features(to_unit(batch))[0] for batch, _ in iter_images(REFERENCE_SEED, NUM_REFERENCE)]
         save_reference(output / "reference.safetensors", torch.cat(rows), features.name)
     pipeline = DiTPipeline(
-        transformer=DiTTransformer2DModel.from_pretrained(output / "transformer"),
-        vae=AutoencoderKL.from_pretrained(output / "vae"),
+        transformer=DiTTransformer2DModel.from_pretrained(
+            output / "transformer", use_safetensors=True, local_files_only=True
+        ),
+        vae=AutoencoderKL.from_pretrained(output / "vae", use_safetensors=True, local_files_only=True),
         scheduler=new_scheduler(),
         id2label=dict(enumerate(SHAPES)),
     )

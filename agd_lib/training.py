@@ -31,7 +31,7 @@ from .errors import CheckpointError, StoreError
 from .guidance import NEGATIVE, Scale
 from .influence import influence_of
 from .sampling import sample_seed
-from .storage import lock_folder, read_json, read_tensors, sha256, write_json, write_tensors, writing
+from .storage import lock_folder, read_json, read_tensors, refuse_link, sha256, write_json, write_tensors, writing
 from .trajectories import TrajectoryStore
 
 
@@ -319,6 +319,7 @@ def train(
     )
     weights = state_weights(store, settings.weighting)
     base.denoiser.eval()
+    adapters.card = ""  # what it says was measured before
     _lock = lock_folder(folder) if folder and accelerator.is_main_process else None  # held until the generator ends
     start = _resume(folder, adapters, parts, identity) if folder else 0
     for step in range(start, settings.num_steps):
@@ -465,6 +466,8 @@ def _resume(folder: Path, adapters: AdapterSet, parts: Sequence[Any], identity: 
     latest = _latest(folder)
     if latest is None:
         return 0
+    for name in ("training.json", *_FILES):
+        refuse_link(latest / name, CheckpointError)
     state = read_json(latest / "training.json", CheckpointError, "checkpoint")
     different = [key for key in identity if state.get(key) != identity[key]]
     if different:

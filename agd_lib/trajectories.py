@@ -16,6 +16,7 @@ import copy
 import hashlib
 import json
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -29,10 +30,10 @@ from tqdm.auto import tqdm
 
 from .attach import check_guidance_range
 from .base_models import BaseModel, Condition
-from .errors import StoreError
+from .errors import StoreError, WriteError
 from .guidance import CFG
 from .sampling import initial_latents, noise_generators, sample, sample_seed
-from .storage import lock_folder, read_json, read_tensors, sha256, write_json, write_tensors, writing
+from .storage import lock_folder, read_json, read_tensors, refuse_link, sha256, write_json, write_tensors, writing
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
@@ -215,7 +216,7 @@ def collect(
         StoreError: if the folder holds a store with another plan or of another base model, or damaged shards; if a
             prediction is NaN or infinite, also after rounding to the plan's dtype.
         FolderInUseError: if another process collects into this folder.
-        WriteError: if the disk is full.
+        WriteError: if the disk is full, or has no room for what is still missing.
         ValueError: for an unknown condition, more guided channels than the latents have, a number of steps that the
             scheduler cannot make, or a scheduler whose timesteps are not whole numbers.
     """
@@ -231,6 +232,7 @@ def collect(
     with lock_folder(folder) if processes.is_main_process else nullcontext():
         if processes.is_main_process:
             _begin(conditions, folder, header)
+            _check_room(base, plan, folder)
         processes.wait_for_everyone()
         listed = len(read_manifest(folder)["shards"])
         mine = range(processes.process_index, plan.num_shards, processes.num_processes)
@@ -278,6 +280,17 @@ def _begin(conditions: Condition, folder: Path, header: dict[str, Any]) -> None:
         _write_manifest(folder, {**header, "shards": [], "conditions_sha256": sha256(folder / CONDITIONS)})
 
 
+def _check_room(base: BaseModel, plan: CollectionPlan, folder: Path) -> None:
+    """Raises :class:`WriteError` if the disk has no room for the shards that the manifest does not list yet."""
+    missing = plan.num_shards - len(read_manifest(folder)["shards"])
+    needed, free = predicted_size(base, plan) * missing // plan.num_shards, shutil.disk_usage(folder).free
+    if needed > free:
+        raise WriteError(
+            f"{folder} will take {needed / 2**20:,.0f} MiB more, {free / 2**20:,.0f} are free there: make room, choose another "
+            "folder, or record fewer steps_per_trajectory"
+        )
+
+
 def _note(folder: Path, shard: int) -> Path:
     """Where a shard's entry is kept until the manifest lists it: processes finish in any order, one of them lists."""
     return folder / f"shard-{shard:05d}.json"
@@ -288,8 +301,10 @@ def _noted(folder: Path, shard: int) -> dict[str, Any] | None:
     note = _note(folder, shard)
     if not note.is_file():
         return None
-    entry = read_json(note, StoreError, "note of a shard")
     path = folder / f"shard-{shard:05d}.safetensors"
+    for file in (note, path):
+        refuse_link(file, StoreError)
+    entry = read_json(note, StoreError, "note of a shard")
     whole = _is_entry(entry, shard) and path.is_file() and sha256(path) == entry["sha256"]
     return entry if whole else None
 
@@ -421,6 +436,10 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and value >= 1
 
 
+def _is_number_of_timesteps(value: Any) -> bool:
+    return _is_count(value) and value <= 100_000
+
+
 def _is_pair(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(isinstance(w, int | float) for w in value)
 
@@ -442,7 +461,7 @@ _MANIFEST_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "latent_shape": (_is_shape, "three sizes [C, H, W]"),
     "num_trajectories": (_is_count, "a whole number from 1"),
     "trajectories_per_shard": (_is_count, "a whole number from 1"),
-    "num_train_timesteps": (_is_count, "a whole number from 1"),
+    "num_train_timesteps": (_is_number_of_timesteps, "a whole number from 1 to 100,000"),
     "num_inference_steps": (_is_count, "a whole number from 1"),
     "guided_channels": (_is_count, "a whole number from 1"),
     "guidance_range": (_is_pair, "[w_min, w_max]"),
@@ -460,6 +479,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         StoreError: if it is missing, malformed, edited, of another format version, or names files outside its folder.
     """
+    refuse_link(folder / MANIFEST, StoreError)
     manifest = read_json(folder / MANIFEST, StoreError, "store manifest")
     if manifest.get("format_version") != FORMAT_VERSION:
         raise StoreError(
@@ -515,31 +535,31 @@ class TrajectoryStore:
         conditions: every distinct condition once, (number of conditions, ...) by name.
 
     Raises:
-        StoreError: if a file is missing, truncated, edited, or of the wrong shape; the message names it.
+        StoreError: if a file is missing, truncated, edited, a link, or of the wrong shape; the message names it.
     """
 
     def __init__(self, folder: str | Path, check: bool = True) -> None:
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
+        for name in (CONDITIONS, *(shard["file"] for shard in self.manifest["shards"])):
+            refuse_link(self.folder / name, StoreError)
         if check:
             self.verify()
         self.conditions: Condition = read_tensors(self.folder / CONDITIONS, StoreError, "store's conditions")
         self._shards = [self._open(shard) for shard in self.manifest["shards"]]
         self._starts = torch.tensor([0, *(len(shard["timestep"]) for shard in self._shards)]).cumsum(0)
-        self._check_indices()
+        self._check_values()
 
     def verify(self) -> None:
         """Read every file and compare it with the checksum that the manifest has of it.
 
         Raises:
-            StoreError: if a file is missing, truncated or edited, or is a link; the message names it.
+            StoreError: if a file is missing, truncated or edited; the message names it.
         """
         files = {CONDITIONS: self.manifest.get("conditions_sha256")}
         files |= {shard["file"]: shard["sha256"] for shard in self.manifest["shards"]}
         for name, checksum in files.items():
             path = self.folder / name
-            if path.is_symlink():
-                raise StoreError(f"{path} is a link, expected a file: a store reads nothing outside its own folder")
             if not path.is_file():
                 raise StoreError(f"{path} is missing, though the manifest lists it; restore it or collect again")
             if sha256(path) != checksum:
@@ -558,8 +578,8 @@ class TrajectoryStore:
             raise StoreError(f"{path} holds the tensors {found}, the manifest asks for {expected}")
         return tensors
 
-    def _check_indices(self) -> None:
-        """Timesteps and conditions must be there to be looked up."""
+    def _check_values(self) -> None:
+        """Timesteps and conditions must be there to be looked up; scales and signals are numbers that are not negative."""
         counts = {len(value) if value.ndim else 0 for value in self.conditions.values()}
         limits = {"timestep": self.manifest["num_train_timesteps"], "condition": min(counts, default=0)}
         for shard, entry in zip(self._shards, self.manifest["shards"]):
@@ -567,6 +587,13 @@ class TrajectoryStore:
                 if len(shard[name]) and not 0 <= int(shard[name].min()) <= int(shard[name].max()) < limit:
                     raise StoreError(
                         f"{self.folder / entry['file']} holds a {name} that is not in 0 to {limit - 1}: collect again"
+                    )
+            for name in ("guidance_scale", "signal"):
+                bad = (~(shard[name].isfinite() & (shard[name] >= 0))).nonzero()
+                if len(bad):
+                    raise StoreError(
+                        f"{self.folder / entry['file']} holds a {name} of {float(shard[name][bad[0]]):g} in row "
+                        f"{int(bad[0])}, expected numbers from 0: collect again"
                     )
 
     @property
@@ -597,12 +624,28 @@ class TrajectoryStore:
         )
 
     def check_base(self, base: BaseModel) -> None:
-        """Raises :class:`StoreError` if the store was collected with another base model."""
+        """Raises :class:`StoreError` if the store was collected with another base model, or holds what this one cannot take."""
         if base.fingerprint() != self.manifest["base_fingerprint"]:
             raise StoreError(
                 f"{self.folder} was collected with {self.manifest['base_name']} "
                 f"(fingerprint {self.manifest['base_fingerprint']}), not with {base.name} ({base.fingerprint()}): "
                 "collect trajectories of this base model"
+            )
+        own = {
+            "latent_shape": list(base.latent_shape),
+            "num_train_timesteps": base.num_train_timesteps,
+            "prediction_type": base.prediction_type,
+        }
+        for name, value in own.items():
+            if self.manifest.get(name) != value:
+                raise StoreError(
+                    f"the manifest in {self.folder} gives {name} = {self.manifest.get(name)!r}, {base.name} has {value!r}: "
+                    "it was edited; collect again"
+                )
+        if not base.takes(self.conditions):
+            shapes = {name: tuple(value.shape) for name, value in self.conditions.items()}
+            raise StoreError(
+                f"{self.folder / CONDITIONS} holds {shapes}, which are no conditions of {base.name}: collect again"
             )
 
     def size_on_disk(self) -> int:

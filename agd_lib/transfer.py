@@ -82,7 +82,9 @@ def load_model(name: str, run: Path, steps: int) -> BaseModel:
         base.pipeline.unload_lora_weights()
     else:
         folder = run / f"fine-tuned-{steps}"
-        base.pipeline.register_modules(unet=type(base.denoiser).from_pretrained(folder, use_safetensors=True))
+        base.pipeline.register_modules(
+            unet=type(base.denoiser).from_pretrained(folder, use_safetensors=True, local_files_only=True)
+        )
     return base_from_pipeline(base.pipeline, name)
 
 

@@ -42,12 +42,13 @@ from agd_lib.evaluation import Reference, RunningStatistics, evaluate
 from agd_lib.guidance import AGD, CFG, Unguided
 from agd_lib.reproduce import Notebook, Profile, reproduce
 from agd_lib.storage import read_json, write_json
+from agd_lib.study import provenance
 from agd_lib.training import TrainingSettings, _identity, _latest, _resume, optimizers, train
 from agd_lib.trajectories import MANIFEST, CollectionPlan, TrajectoryStore, collect
 
 PLAN = CollectionPlan(conditions=(0, 1, 2, 3, 4), num_trajectories=48, num_inference_steps=8, trajectories_per_shard=4)
 SETTINGS = TrainingSettings(num_steps=60, batch_size=8, learning_rate=1e-3, optimizer="muon")
-LANE = (Notebook("01_first", makes=("made",)), Notebook("02_second", needs=("01_first",)))
+LANE = (Notebook("01_first", makes=("trajectories",)), Notebook("02_second", needs=("01_first",), makes=("adapters",)))
 
 
 @dataclass(frozen=True)
@@ -177,8 +178,8 @@ def evaluation(base_folder: Path, adapters: Path) -> Job:
 
 
 def reproduction(notebooks: Path) -> Job:
-    """Two notebooks by papermill, the second of which needs the first."""
-    profile = Profile("faults", "toy", {}, minutes=1, disk_mib=1, memory_mib=1)
+    """Two notebooks by papermill: the first collects trajectories, the second trains on them."""
+    profile = Profile("faults", "toy", {}, minutes=1, disk_mib=0, memory_mib=1)
 
     def run(folder: Path) -> None:
         reproduce(profile, LANE, folder / "runs", notebooks)
@@ -189,22 +190,38 @@ def reproduction(notebooks: Path) -> Job:
         return {path.name: (nbformat.read(path, 4).cells[-1].source, _stamp(path))[1] for path in whole}
 
     def contents(folder: Path) -> Any:
-        return (folder / "runs" / "toy" / "made" / "number").read_text()
+        made = [folder / "runs" / "toy" / name for name in ("trajectories", "checkpoints", "adapters")]
+        return [files(each, ".json", ".safetensors") for each in made]
 
-    return Job(run, finished, contents, kills_per_run=2)
+    return Job(run, finished, contents, kills_per_run=3)
 
 
-def toy_notebooks(folder: Path) -> Path:
-    """Two notebooks that take a second each."""
+COLLECTING = """
+from pathlib import Path
+from agd_lib import CollectionPlan, collect, load_base
+plan = CollectionPlan((0, 1, 2, 3, 4), num_trajectories=48, num_inference_steps=8, trajectories_per_shard=4)
+collect(load_base(base_folder), plan, Path(run_dir) / "trajectories", batch_size=4, progress=False)
+"""
+TRAINING = """
+from pathlib import Path
+from agd_lib import AdapterSet, TrainingSettings, load_base, train
+from agd_lib.trajectories import TrajectoryStore
+base, settings = load_base(base_folder), TrainingSettings(num_steps=60, batch_size=8, learning_rate=1e-3)
+adapters = AdapterSet.create(base, "modulated", 4)
+for _ in train(base, adapters, TrajectoryStore(Path(run_dir) / "trajectories"), settings, Path(run_dir) / "checkpoints", 5):
+    pass
+adapters.save_pretrained(Path(run_dir) / "adapters")
+"""
+
+
+def small_notebooks(folder: Path, base_folder: Path) -> Path:
+    """The notebooks of :func:`reproduction`."""
     folder.mkdir()
-    for name in ("01_first", "02_second"):
+    for name, body in (("01_first", COLLECTING), ("02_second", TRAINING)):
         parameters = new_code_cell('base_name: str = "toy"\nrun_dir: str = "unused"')
         parameters.metadata["tags"] = ["parameters"]
-        body = (
-            "import time\nfrom pathlib import Path\nmade = Path(run_dir) / 'made'\nmade.mkdir(parents=True, exist_ok=True)\n"
-            "time.sleep(0.5)\n(made / 'number').write_text('1')"
-        )
-        notebook = new_notebook(cells=[parameters, new_code_cell(body)])
+        settings = new_code_cell(f"import torch\ntorch.set_num_threads(1)\nbase_folder = {str(base_folder)!r}")
+        notebook = new_notebook(cells=[parameters, settings, new_code_cell(body.strip())])
         notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
         nbformat.write(notebook, folder / f"{name}.ipynb")
     return folder
@@ -313,7 +330,7 @@ def jobs(folder: Path) -> dict[str, Job]:
         "collection": collection(base_folder),
         "training": training(base_folder, store),
         "evaluation": evaluation(base_folder, adapters),
-        "reproduce": reproduction(toy_notebooks(folder / "notebooks")),
+        "reproduce": reproduction(small_notebooks(folder / "notebooks", base_folder)),
     }
 
 
@@ -323,7 +340,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    counts = {}
+    start, counts = time.monotonic(), {}
     with _empty_folder() as folder:
         for number, (name, job) in enumerate(jobs(Path(folder)).items()):
             share = arguments.kills // 10 if name == "reproduce" else -(-arguments.kills * 3 // 10)
@@ -331,7 +348,8 @@ def main() -> None:
             print(name, counts[name], flush=True)
     if arguments.output:
         command = f"python tests/faults.py --kills {arguments.kills} --seed {arguments.seed}"
-        write_json(arguments.output, {"command": command, "jobs": counts, "violations": 0})
+        about = provenance(command, time.monotonic() - start)
+        write_json(arguments.output, about | {"jobs": counts, "violations": 0})
 
 
 if __name__ == "__main__":

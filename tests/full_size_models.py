@@ -15,6 +15,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from agd_lib.base_models import BaseModel, DiTBase, StableDiffusionBase, StableDiffusionXLBase, base_from_pipeline
 
@@ -75,6 +76,35 @@ SDXL = COMMON | {
 }
 
 
+VAE: dict[str, Any] = {
+    # vae/config.json of all three
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "layers_per_block": 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+}
+TEXT: dict[str, tuple[int, int, int]] = {
+    # text_encoder/config.json: width, layers, heads
+    "sd21": (1024, 23, 16),
+    "sdxl": (768, 12, 12),
+    "sdxl, second": (1280, 32, 20),
+}
+
+
+def text_encoder(name: str) -> CLIPTextModel | CLIPTextModelWithProjection:
+    """One of :data:`TEXT`, on the meta device."""
+    width, layers, heads = TEXT[name]
+    config = CLIPTextConfig(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        projection_dim=width,
+    )
+    with torch.device("meta"):
+        return CLIPTextModelWithProjection(config) if "second" in name else CLIPTextModel(config)
+
+
 NARROW: dict[str, dict[str, Any]] = {
     "dit-xl-2-256": DIT_XL | {"attention_head_dim": 4, "sample_size": 4},
     "sd21": SD21
@@ -114,25 +144,28 @@ def narrow(name: str) -> BaseModel:
 def dit_xl() -> DiTBase:
     """DiT-XL/2 at 256 x 256, on the meta device."""
     with torch.device("meta"):
-        transformer, vae = DiTTransformer2DModel(**DIT_XL), AutoencoderKL()
+        transformer, vae = DiTTransformer2DModel(**DIT_XL), AutoencoderKL(**VAE)
     return DiTBase(DiTPipeline(transformer, vae, DDIMScheduler(beta_schedule="linear")), "dit-xl-2-256")
 
 
 def sd21() -> StableDiffusionBase:
-    """Stable Diffusion 2.1 at 768 x 768, on the meta device, without text encoder."""
+    """Stable Diffusion 2.1 at 768 x 768, on the meta device, without tokenizer."""
     with torch.device("meta"):
-        unet, vae = UNet2DConditionModel(**SD21), AutoencoderKL()
+        unet, vae = UNet2DConditionModel(**SD21), AutoencoderKL(**VAE)
     scheduler = DDIMScheduler(prediction_type="v_prediction", steps_offset=1, clip_sample=False)
-    pipeline = StableDiffusionPipeline(vae, None, None, unet, scheduler, None, None, requires_safety_checker=False)
+    pipeline = StableDiffusionPipeline(
+        vae, text_encoder("sd21"), None, unet, scheduler, None, None, requires_safety_checker=False
+    )
     return StableDiffusionBase(pipeline, "sd21")
 
 
 def sdxl() -> StableDiffusionXLBase:
-    """SDXL at 1024 x 1024, on the meta device, without text encoders."""
+    """SDXL at 1024 x 1024, on the meta device, without tokenizers."""
     with torch.device("meta"):
-        unet, vae = UNet2DConditionModel(**SDXL), AutoencoderKL()
+        unet, vae = UNet2DConditionModel(**SDXL), AutoencoderKL(**VAE)
+    encoders = text_encoder("sdxl"), text_encoder("sdxl, second")
     pipeline = StableDiffusionXLPipeline(
-        vae, None, None, None, None, unet, EulerDiscreteScheduler(), add_watermarker=False
+        vae, *encoders, None, None, unet, EulerDiscreteScheduler(), add_watermarker=False
     )
     return StableDiffusionXLBase(pipeline, "sdxl")
 

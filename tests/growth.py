@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import multiprocessing
 import shlex
-import statistics
 import sys
 import tempfile
 import time
@@ -31,6 +29,7 @@ from agd_lib.attach import AdapterSet
 from agd_lib.base_models import BaseModel, base_from_pipeline, load_base
 from agd_lib.guidance import AGD
 from agd_lib.project import DATA
+from agd_lib.readme import exponent
 from agd_lib.sampling import endpoint, sample
 from agd_lib.scenes import caption, draw_scene
 from agd_lib.storage import write_json
@@ -140,12 +139,6 @@ def measure_apart(number: int, size: int) -> tuple[float, float]:
     found: tuple[float, float] = answer.get(timeout=600)
     process.join()
     return found
-
-
-def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
-    """The power with which costs grow over sizes: the slope of the straight line through both logarithms."""
-    x, y = ([math.log(value) for value in values] for values in (sizes, costs))
-    return statistics.linear_regression(x, y).slope
 
 
 def main() -> None:

@@ -493,9 +493,11 @@ def test_missing_files_are_named(saved: Path, tmp_path: Path) -> None:
 def test_adapters_come_from_the_hub_without_pickles(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **kw: (asked.append((args, kw)), saved)[1])
-    assert AdapterSet.from_pretrained("somebody/their-adapters").config.kind == "cross-attention"
-    patterns = ["config.json", "adapter_model.safetensors", "README.md"]
-    assert asked == [(("somebody/their-adapters",), {"allow_patterns": patterns})]
+    for revision in (None, "abc"):
+        found = AdapterSet.from_pretrained("somebody/their-adapters", revision=revision)
+        assert found.config.kind == "cross-attention"
+        patterns = ["config.json", "adapter_model.safetensors", "README.md"]
+        assert asked.pop() == (("somebody/their-adapters",), {"revision": revision, "allow_patterns": patterns})
 
 
 class Hub:
@@ -527,6 +529,24 @@ def test_adapters_go_to_the_hub_as_they_go_to_the_disk(saved: Path, monkeypatch:
     assert hub.repositories == {"somebody/their-adapters": True}
     adapters.save_pretrained(saved, card="# Measured")
     assert hub.files == {path.name: path.read_bytes() for path in saved.iterdir()} and len(hub.files) == 3
+
+
+def test_the_model_card_goes_where_the_adapters_go(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = Hub()
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
+    AdapterSet.from_pretrained(saved).save_pretrained(tmp_path / "measured", card="# Measured: 1.5")
+    AdapterSet.from_pretrained(tmp_path / "measured").push_to_hub("somebody/theirs")
+    assert hub.files["README.md"] == b"# Measured: 1.5"
+    AdapterSet.from_pretrained(tmp_path / "measured").save_pretrained(tmp_path / "again", card="# Measured: 1.4")
+    assert (tmp_path / "again" / "README.md").read_text() == "# Measured: 1.4"
+    for unreadable in (b"\xff\xfe", b"x" * (2**20 + 1), None):
+        (tmp_path / "again" / "README.md").unlink()
+        if unreadable is not None:
+            (tmp_path / "again" / "README.md").write_bytes(unreadable)
+        assert AdapterSet.from_pretrained(tmp_path / "again").card == ""
+        (tmp_path / "again" / "README.md").touch()
 
 
 def test_a_hub_that_takes_nothing_is_explained(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

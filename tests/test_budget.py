@@ -12,8 +12,9 @@ import torch
 
 import agd_lib.budget
 from agd_lib.attach import AdapterSet
-from agd_lib.base_models import DiTBase, count_forwards
+from agd_lib.base_models import KNOWN_BASES, DiTBase, count_forwards
 from agd_lib.budget import (
+    JOBS,
     Cost,
     collection_cost,
     environment_report,
@@ -24,6 +25,7 @@ from agd_lib.budget import (
     version_differences,
     what_runs,
 )
+from agd_lib.reproduce import load_profile
 from agd_lib.training import TrainingSettings
 from agd_lib.trajectories import CollectionPlan, predicted_size
 
@@ -103,6 +105,22 @@ def test_what_runs_follows_from_what_is_found(tmp_path: Path, monkeypatch: pytes
     assert all(runs for _, runs, _ in what_runs(tmp_path))
     monkeypatch.setattr(agd_lib.budget, "_memory_gib", lambda: 1.0)
     assert not any(runs for _, runs, _ in what_runs(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("base", "profile", "job"),
+    [
+        ("dit-xl-2-256", "paper", "DiT-XL/2 256: the paper's whole experiment"),
+        ("sd21", "paper", "Stable Diffusion 2.1 768: the paper's whole experiment"),
+        ("sd21", "small-gpu", "Stable Diffusion 2.1 768: the same in less memory, profile `small-gpu`"),
+        ("sdxl", "paper", "SDXL 1024: the paper's whole experiment"),
+        ("sdxl", "small-gpu", "SDXL 1024: the same in less memory, profile `small-gpu`"),
+    ],
+)
+def test_the_jobs_ask_for_what_their_profiles_expect(base: str, profile: str, job: str) -> None:
+    (needs,), expected = [each for each in JOBS if each.name == job], load_profile(profile, base)
+    assert (1_000 * needs.memory, 1_000 * needs.disk) == (expected.memory_mib, expected.disk_mib)
+    assert needs.weights is not None and needs.weights[0] == KNOWN_BASES[base].source
 
 
 def test_libraries_of_another_version_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

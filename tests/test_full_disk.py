@@ -8,13 +8,20 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from faults import Pixels, reproduction, small_notebooks
 
+from agd_lib import trajectories
 from agd_lib.attach import AdapterSet
 from agd_lib.base_models import load_base
-from agd_lib.errors import WriteError
+from agd_lib.errors import AGDError, WriteError
+from agd_lib.evaluation import Evaluation, Reference, RunningStatistics, evaluate
+from agd_lib.guidance import CFG
 from agd_lib.storage import write_json
 from agd_lib.training import TrainingSettings, train
 from agd_lib.trajectories import CollectionPlan, TrajectoryStore, collect, predicted_size
@@ -73,7 +80,16 @@ def test_a_small_file(small_disk: SmallDisk) -> None:
 
 
 @pytest.mark.parametrize(("room", "shards"), [(0, None), (8, 0), (80, 1), (130, 2)])
-def test_collection(dit_folder: Path, tmp_path: Path, small_disk: SmallDisk, room: int, shards: int | None) -> None:
+def test_collection(
+    dit_folder: Path,
+    tmp_path: Path,
+    small_disk: SmallDisk,
+    monkeypatch: pytest.MonkeyPatch,
+    room: int,
+    shards: int | None,
+) -> None:
+    """There was room when it began, and then another program took it."""
+    monkeypatch.setattr(trajectories, "_check_room", lambda *args: None)
     base = load_base(dit_folder)
     assert 45 * 1024 < predicted_size(base, PLAN) / 3 < 50 * 1024
     undisturbed = tmp_path / "undisturbed"
@@ -92,6 +108,46 @@ def test_collection(dit_folder: Path, tmp_path: Path, small_disk: SmallDisk, roo
     small_disk.make_room()
     collect(base, PLAN, folder, progress=False)
     assert everything(folder) == everything(undisturbed)
+
+
+def test_a_store_that_will_not_fit_is_not_begun(dit_folder: Path, tmp_path: Path, small_disk: SmallDisk) -> None:
+    base = load_base(dit_folder)
+    folder = small_disk.path / "store"
+    small_disk.leave(130)
+    with pytest.raises(WriteError, match="will take 0 MiB more, 0 are free there: make room"):
+        collect(base, PLAN, folder, progress=False)
+    assert not list(folder.glob("shard*"))
+    small_disk.make_room()
+    collect(base, PLAN, folder, progress=False)
+    small_disk.leave(0)
+    assert len(collect(base, PLAN, folder, progress=False)) == 72  # it is there: nothing more is needed
+
+
+def test_evaluation(dit_folder: Path, tmp_path: Path, small_disk: SmallDisk) -> None:
+    statistics = RunningStatistics()
+    statistics.add(torch.rand(50, 12, generator=torch.Generator().manual_seed(0)))
+    reference = Reference("quarters", *statistics.result())
+
+    def measured(folder: Path) -> Evaluation:
+        options: dict[str, Any] = {
+            "n": 48,
+            "num_inference_steps": 3,
+            "batch_size": 16,
+            "progress": False,
+            "keep": folder,
+        }
+        return evaluate(load_base(dit_folder), CFG(2.0), reference, Pixels(), **options)
+
+    undisturbed, folder = measured(tmp_path / "undisturbed"), small_disk.path / "rows"
+    small_disk.leave(45)  # of two batches, which have 17 KiB each, not of the third
+    with pytest.raises(WriteError, match=r"No space left on device.*make room.*it resumes"):
+        measured(folder)
+    (batches,) = (path for path in folder.iterdir() if path.is_dir())
+    assert len(list(batches.iterdir())) == 2 and not list(folder.glob("*.json"))
+    small_disk.make_room()
+    resumed = measured(folder)
+    assert torch.equal(resumed.latents, undisturbed.latents)
+    assert replace(resumed.row, seconds_per_image=0.0) == replace(undisturbed.row, seconds_per_image=0.0)
 
 
 def test_training(dit_folder: Path, tmp_path: Path, small_disk: SmallDisk) -> None:
@@ -115,3 +171,12 @@ def test_training(dit_folder: Path, tmp_path: Path, small_disk: SmallDisk) -> No
     small_disk.make_room()
     assert run(folder) == [3, 4, 5, 6, 7, 8]
     assert everything(folder) == everything(undisturbed)
+
+
+@pytest.mark.parametrize("room", [0, 12])
+def test_reproduce(dit_folder: Path, tmp_path: Path, small_disk: SmallDisk, room: int) -> None:
+    job = reproduction(small_notebooks(tmp_path / "notebooks", dit_folder))
+    small_disk.leave(room)
+    with pytest.raises(AGDError, match=r"No space left on device"):
+        job.run(small_disk.path)
+    assert not job.finished(small_disk.path)

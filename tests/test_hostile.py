@@ -1,7 +1,7 @@
 """Files from strangers: whatever is in them, only the library's own errors come out, and no memory goes.
 
-Two thousand generated files in all, with ``test_trajectories.py`` and ``test_results.py``: bytes changed, cut or put in at
-random, and values of any kind, also absurdly large ones, in every field of every JSON or YAML file that is read.
+Two thousand generated files: bytes changed, cut or put in at random, and values of any kind, also absurdly large ones, in
+every field of every JSON or YAML file that is read.
 """
 
 from __future__ import annotations
@@ -21,16 +21,19 @@ import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_convert import their_adapters, write_checkpoint
 
 from agd_lib.attach import AdapterSet
 from agd_lib.base_models import BaseModel, load_base
+from agd_lib.convert import convert_authors_checkpoint
 from agd_lib.errors import AGDError
 from agd_lib.evaluation import ShapesFeatures, _read_kept, load_reference, save_reference
 from agd_lib.extractor import ShapesExtractor
+from agd_lib.influence import influence_of
 from agd_lib.reproduce import load_profile
 from agd_lib.storage import MAX_JSON_BYTES, MAX_JSON_VALUES, write_json, write_tensors
 from agd_lib.training import TrainingLog, TrainingSettings, train
-from agd_lib.trajectories import CollectionPlan, TrajectoryStore, _manifest_checksum, collect
+from agd_lib.trajectories import CollectionPlan, TrajectoryStore, _manifest_checksum, _noted, collect
 
 PLAN = CollectionPlan(conditions=(0, 1), num_trajectories=4, num_inference_steps=4, trajectories_per_shard=2)
 SETTINGS = TrainingSettings(num_steps=2, batch_size=4)
@@ -77,6 +80,10 @@ def write_originals(base: BaseModel, folder: Path) -> Path:
     log = TrainingLog(folder / "log.safetensors")
     log.losses, log.snapshots = {1: 0.5, 2: 0.25}, {2: torch.zeros(2, 3)}
     log.save()
+    influence_of(base, store)
+    write_json(folder / "store" / "shard-00001.json", store.manifest["shards"][1])
+    theirs = their_adapters(base, "attention", True, True, 1)
+    write_checkpoint(folder / "authors", theirs, {"arch": "attention", "use_timestep": True, "use_class_label": True})
     save_reference(folder / "reference.safetensors", torch.rand(9, 4), "four")
     write_tensors(folder / "row.safetensors", {"latents": torch.zeros(2, 4, 8, 8)})
     write_json(folder / "row.json", {"inputs": {}, "row": {"base": "five-classes", "scale": 2.0}})
@@ -99,6 +106,10 @@ def resume(folder: Path, base: BaseModel) -> None:
         list(train(base, adapters, store, SETTINGS, folder))
     finally:
         adapters.remove()
+
+
+def convert(folder: Path, base: BaseModel) -> AdapterSet:
+    return convert_authors_checkpoint(folder / "checkpoints" / "0005000.pt", base)
 
 
 READ_JSON = """
@@ -144,6 +155,13 @@ READERS: dict[str, tuple[str, Callable[[Path, BaseModel], Any]]] = {
     "store/shard-00001.safetensors": ("store", lambda folder, base: TrajectoryStore(folder, check=False)),
     "store/conditions.safetensors": ("store", lambda folder, base: TrajectoryStore(folder, check=False)),
     "store/manifest.json": ("store", lambda folder, base: TrajectoryStore(folder)),
+    "store/influence.safetensors": (
+        "store",
+        lambda folder, base: influence_of(base, TrajectoryStore(folder, check=False)),
+    ),
+    "store/shard-00001.json": ("store", lambda folder, base: _noted(folder, 1)),
+    "authors/checkpoints/0005000.pt": ("authors", lambda folder, base: convert(folder, base)),
+    "authors/config.yaml": ("authors", lambda folder, base: convert(folder, base)),
     "adapters/adapter_model.safetensors": ("adapters", lambda folder, base: AdapterSet.from_pretrained(folder)),
     "adapters/config.json": ("adapters", lambda folder, base: AdapterSet.from_pretrained(folder)),
     "checkpoint/step-0000002/training.json": ("checkpoint", resume),
@@ -259,7 +277,7 @@ def test_changed_bytes(
     read_changed(originals, tmp_path, base, name, change)
 
 
-@pytest.mark.parametrize("name", [name for name in READERS if not name.endswith(".safetensors")])
+@pytest.mark.parametrize("name", [name for name in READERS if Path(name).suffix in (".json", ".yaml")])
 @MANY
 @given(data=st.data())
 def test_changed_values(originals: Path, tmp_path: Path, base: BaseModel, name: str, data: st.DataObject) -> None:

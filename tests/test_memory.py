@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from agd_lib import memory
 from agd_lib.attach import AdapterSet
-from agd_lib.base_models import BaseModel, base_from_pipeline, load_base
+from agd_lib.base_models import BaseModel, StableDiffusionBase, base_from_pipeline, load_base
 from agd_lib.errors import AdapterError
 from agd_lib.memory import (
     GIB,
@@ -25,6 +25,8 @@ from agd_lib.memory import (
     Memory,
     MemorySettings,
     collection_memory,
+    decoding_memory,
+    encoding_memory,
     settings_that_fit,
     training_memory,
     training_step,
@@ -132,6 +134,51 @@ def test_the_peak_of_collection_is_what_the_profiler_sees(tmp_path: Path, family
     assert predicted.transient == pytest.approx(max(levels), rel=0.15)
     assert predicted.total == predicted.base + predicted.transient
     assert (predicted.adapters, predicted.saved, predicted.moment) == (0, 0, "forward")
+
+
+@pytest.mark.parametrize("family", ["dit", "sd", "sdxl"])
+def test_the_peak_of_decoding_is_what_the_profiler_sees_for_any_number_of_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    base = small_base(family, tmp_path)
+    monkeypatch.setattr(type(base), "images_at_once", 4)
+    predicted = decoding_memory(base, MemorySettings(offload=True))
+    together = decoding_memory(base)
+    base.decode(torch.zeros(1, *base.latent_shape))
+    with profiled() as levels:
+        base.decode(torch.zeros(4, *base.latent_shape))
+    with profiled() as of_many:
+        images = base.decode(torch.zeros(20, *base.latent_shape))
+    assert predicted.transient == pytest.approx(max(levels), rel=0.2)  # a convolution has a workspace of its own
+    assert max(of_many) < max(levels) + 2.1 * images.nbytes
+    assert (predicted.base, predicted.other_models) == (0, sum(p.nbytes for p in base.vae.parameters()))
+    assert together.base == sum(p.nbytes for p in base.denoiser.parameters())
+    assert together.total - together.base >= predicted.total  # the text encoders are there, too
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_the_peak_of_encoding_is_what_the_profiler_sees(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    base = small_base(family, tmp_path)
+    assert isinstance(base, StableDiffusionBase)
+    predicted = encoding_memory(base, MemorySettings(offload=True))
+    prompts = ["a red cat"] * base.PROMPTS_AT_ONCE
+    base.encode(prompts)
+    with profiled() as levels:
+        base.encode(prompts)
+    assert predicted.transient == pytest.approx(max(levels), rel=0.15)
+    weights_of_encoders = sum(p.nbytes for encoder in base._text_encoders() for p in encoder.parameters())
+    assert (predicted.base, predicted.other_models) == (0, weights_of_encoders)
+
+
+def test_decoding_in_float16_counts_an_autoencoder_that_would_overflow_in_float32(tmp_path: Path) -> None:
+    sd, sdxl = (small_base(family, tmp_path / family) for family in ("sd", "sdxl"))
+    assert sdxl.vae.config.force_upcast
+    sd.vae.register_to_config(force_upcast=False)
+    halves = [decoding_memory(base, MemorySettings(torch.float16, offload=True)).total for base in (sd, sdxl)]
+    whole = [decoding_memory(base, MemorySettings(offload=True)).total for base in (sd, sdxl)]
+    assert halves[0] < 0.6 * whole[0] and halves[1] == whole[1]
 
 
 def test_fake_tensors_live_as_long_as_real_ones(tmp_path: Path) -> None:
@@ -297,18 +344,24 @@ def test_gradients_are_gone_before_the_next_forward_pass(tmp_path: Path) -> None
         assert all(parameter.grad is None for parameter in adapters.parameters())
 
 
-def test_offloaded_models_come_to_the_device_for_a_call(
+def test_offloaded_models_come_to_the_device_for_a_call_and_the_denoiser_makes_room(
     dit_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = load_base(dit_folder, device="meta", offload=True)
     assert base.device.type == "meta" and base.vae.device.type == "cpu"
     moves: list[str] = []
-    monkeypatch.setattr(base.vae, "to", lambda place: moves.append(str(place)))
+    monkeypatch.setattr(base.vae, "to", lambda place: moves.append(f"autoencoder to {place}"))
+    monkeypatch.setattr(base.denoiser, "to", lambda place: moves.append(f"denoiser to {place}"))
+    expected = ["denoiser to cpu", "autoencoder to meta", "autoencoder to cpu", "denoiser to meta"]
     base.decode(torch.zeros(1, *base.latent_shape))
-    assert moves == ["meta", "cpu"]
+    assert moves == expected
     with pytest.raises(RuntimeError):
         base.decode(torch.zeros(1, 7, 8, 8))
-    assert moves == ["meta", "cpu"] * 2  # also when the call fails
+    assert moves == expected * 2  # also when the call fails
+    with base._on_device(base.vae):
+        assert base.device.type == "meta"  # where the work is done, wherever the denoiser waits
+        base.decode(torch.zeros(1, *base.latent_shape))
+    assert base._home is None
 
     text = small_base("sdxl", tmp_path)
     encoders = [text.pipeline.text_encoder, text.pipeline.text_encoder_2]
@@ -317,6 +370,30 @@ def test_offloaded_models_come_to_the_device_for_a_call(
     text.encode(["a hat"])
     text.decode(torch.zeros(1, *text.latent_shape))
     assert seen == [2, 1]
+
+
+def test_without_offload_the_denoiser_stays(dit_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = load_base(dit_folder, device="meta", offload=True)
+    base.offload = False  # as somebody has it who moves the models by hand
+    moves: list[str] = []
+    monkeypatch.setattr(base.vae, "to", lambda place: moves.append(f"autoencoder to {place}"))
+    monkeypatch.setattr(base.denoiser, "to", lambda place: moves.append(f"denoiser to {place}"))
+    base.decode(torch.zeros(1, *base.latent_shape))
+    assert moves == ["autoencoder to meta", "autoencoder to cpu"]
+
+
+def test_images_are_decoded_a_million_pixels_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = small_base("sd", tmp_path)
+    latents = torch.randn((7, *base.latent_shape), generator=torch.Generator().manual_seed(0))
+    whole = base.decode(latents)
+    pixels = whole.shape[-1] * whole.shape[-2]
+    assert base.images_at_once == 2**20 // pixels
+    monkeypatch.setattr(type(base), "images_at_once", 3)
+    chunks: list[int] = []
+    handle = base.vae.decoder.register_forward_pre_hook(lambda module, args: chunks.append(len(args[0])))
+    torch.testing.assert_close(base.decode(latents), whole, rtol=1e-5, atol=1e-5)
+    handle.remove()
+    assert chunks == [3, 3, 1]
 
 
 @contextmanager

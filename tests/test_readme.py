@@ -139,21 +139,29 @@ def test_the_profiles_and_files_that_are_named_exist() -> None:
         assert (ROOT / link).exists(), link
 
 
-def test_what_the_papers_runs_cost_follows_from_their_operations() -> None:
+LATENTS = {"DiT-XL/2 256": 4 * 32 * 32, "SD 2.1 768": 4 * 96 * 96, "SDXL 1024": 4 * 128 * 128}
+
+
+def test_what_the_papers_runs_cost_follows_from_their_operations_and_bytes() -> None:
     rows = re.findall(
-        r"^\| [^|]*?([\d,]+)(?: trajectories)? of ([\d,]+)(?: steps)?, (\d+) x ([\d,]+)(?: states)? \| ([\d.]+) TFLOP "
-        r"\| ([\d.]+) M passes \| ([\d.]+) M passes \| (\d+) h \+ ([\d.]+) h \|$",
+        r"^\| ([\w./ -]+), ([\d,]+)(?: trajectories)? of ([\d,]+)(?: steps)?, (\d+) x ([\d,]+)(?: states)? \| ([\d.]+) TFLOP "
+        r"\| ([\d.]+) M passes \| ([\d.]+) M passes \| (\d+) h \+ ([\d.]+) h \| ([\d.]+) h \+ ([\d.]+) h "
+        r"\| ([\d.]+) GB \((\d+)\) \|$",
         README,
         re.MULTILINE,
     )
-    assert len(rows) == 3
-    for row in rows:
+    assert [row[0] for row in rows] == list(LATENTS)
+    for name, *row in rows:
         trajectories, steps, batch, updates = (int(cell.replace(",", "")) for cell in row[:4])
-        teraflop, collection, training, collection_hours, training_hours = map(float, row[4:])
+        teraflop, collection, training, collection_hours, training_hours, *eight, stored, whole = map(float, row[4:])
         passes = 2 * trajectories * steps, 3 * batch * updates
         assert [collection, training] == [round(count / 1e6, digits) for count, digits in zip(passes, (1, 2))]
         hours = [count * teraflop / 40 / 3600 for count in passes]
         assert collection_hours == round(hours[0]) and training_hours == round(hours[1], 1)
+        assert eight == [round(hours[0] / 8, 1), round(hours[1] / min(8, batch), 1)]
+        bytes_of_a_state = 2 * 2 * LATENTS[name] + 24
+        assert stored == round(batch * updates * bytes_of_a_state / 1e9, 1)
+        assert whole == round(trajectories * steps * bytes_of_a_state / 1e9)
 
 
 def test_what_the_thrifty_runs_cost_follows_from_their_operations() -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from agd_lib import AGD, AdapterSet, GuidanceInterval, Unguided, attach, base_from_pipeline, load_agd, load_base, sample
-from agd_lib.adapters import ADAPTERS
+from agd_lib.adapters import ADAPTERS, CrossAttentionAdapter
 from agd_lib.attach import find_adapters
 from agd_lib.base_models import BaseModel, Condition, DiTBase, SamplingRun
 from agd_lib.guidance import Guidance, Scale
@@ -140,6 +140,25 @@ def test_few_rows_at_a_time(dit_base: DiTBase, monkeypatch: pytest.MonkeyPatch, 
     computed = count_computations(dit_base, monkeypatch)
     torch.testing.assert_close(final(dit_base, AGD(adapters, 3.0)), expected, rtol=1e-4, atol=1e-4)
     assert computed == rows
+
+
+@pytest.mark.parametrize("limit", [256, 7, 1])
+def test_keys_and_values_of_the_prompts_are_computed_once_in_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    base = base_from_pipeline(build_sd_pipeline(tmp_path))
+    adapters = trained(base, "cross-attention").attach(base)
+    expected = final(base, AGD(adapters, 3.0))
+    monkeypatch.setattr(attach, "ROWS_AHEAD", limit)
+    computed: list[int] = []
+    for adapter in adapters.adapters.values():
+        assert isinstance(adapter, CrossAttentionAdapter) and adapter.prompt_proj is not None
+        adapter.prompt_proj.register_forward_hook(lambda module, args, output: computed.append(len(output)))
+    found = final(base, AGD(adapters, 3.0))
+    assert computed == [len(PROMPTS)] * len(adapters.adapters)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    final(base, AGD(adapters, lambda timestep: 1 + timestep / 250))  # another run
+    assert computed == [len(PROMPTS)] * 2 * len(adapters.adapters)
 
 
 def test_untrained_adapters_change_nothing_to_the_bit(base: BaseModel) -> None:

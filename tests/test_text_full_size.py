@@ -9,7 +9,14 @@ import torch
 from agd_lib import AdapterSet
 from agd_lib.adapters import ADAPTERS
 from agd_lib.base_models import StableDiffusionBase, StableDiffusionXLBase, count_flops
-from agd_lib.memory import GIB, MemorySettings, collection_memory, training_memory
+from agd_lib.memory import (
+    GIB,
+    MemorySettings,
+    collection_memory,
+    decoding_memory,
+    encoding_memory,
+    training_memory,
+)
 from agd_lib.project import ROOT
 from agd_lib.reproduce import load_profile
 
@@ -101,19 +108,51 @@ def test_training_fits_small_cards(
     memory = training_memory(base, adapters, batch_size, MemorySettings(torch.bfloat16, True, offload=True)).memory
     assert memory.total == pytest.approx(gib * GIB, rel=0.01)
     assert memory.total < limit * GIB
+    model = {"sd21": "SD 2.1 768", "sdxl": "SDXL 1024"}[name]
+    assert (
+        readme_row(f"| {model}, cross-attention d = 320, {batch_size} state")[4].split()[0]
+        == f"{memory.total / GIB:.1f}"
+    )
 
 
-@pytest.mark.parametrize(
-    ("name", "notebook", "profile", "card"),
-    [
-        ("sd21", "04_train_sd21_adapters", "paper", 24),
-        ("sd21", "04_train_sd21_adapters", "thrifty", 24),
-        ("sd21", "04_train_sd21_adapters", "small-gpu", 8),
-        ("sdxl", "05_train_sdxl_adapters", "paper", 24),
-        ("sdxl", "05_train_sdxl_adapters", "thrifty", 24),
-        ("sdxl", "05_train_sdxl_adapters", "small-gpu", 12),
-    ],
-)
+def readme_row(start: str) -> list[str]:
+    """The cells of the one line of the README that starts so."""
+    (line,) = (line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if line.startswith(start))
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+CARDS = [
+    ("sd21", "04_train_sd21_adapters", "paper", 24),
+    ("sd21", "04_train_sd21_adapters", "thrifty", 24),
+    ("sd21", "04_train_sd21_adapters", "small-gpu", 8),
+    ("sdxl", "05_train_sdxl_adapters", "paper", 24),
+    ("sdxl", "05_train_sdxl_adapters", "thrifty", 24),
+    ("sdxl", "05_train_sdxl_adapters", "small-gpu", 12),
+]
+
+
+@pytest.mark.parametrize(("name", "notebook", "profile", "card"), CARDS)
+def test_everything_that_a_profiles_notebooks_do_fits_its_card(
+    request: pytest.FixtureRequest, name: str, notebook: str, profile: str, card: float
+) -> None:
+    """Beside training: prompts are encoded, images are sampled by CFG, and decoded."""
+    base: StableDiffusionBase = request.getfixturevalue(name)
+    parameters = load_profile(profile, name).parameters_for
+    measuring = parameters("06_evaluate_fid")
+    at_once = {
+        notebook: [base.images_at_once],
+        "06_evaluate_fid": [base.images_at_once, measuring["batch_size"], measuring["timing_batch_size"]],
+    }
+    if name == "sd21":
+        at_once["08_use_and_combine"] = [base.images_at_once]
+    for each, batch_sizes in at_once.items():
+        settings = MemorySettings(offload=parameters(each).get("offload", False))
+        assert encoding_memory(base, settings).fits(card) and decoding_memory(base, settings).fits(card), each
+        for batch_size in batch_sizes:
+            assert collection_memory(base, batch_size, settings).memory.fits(card), (each, batch_size)
+
+
+@pytest.mark.parametrize(("name", "notebook", "profile", "card"), CARDS)
 def test_the_profiles_fit_their_cards_with_adapters_of_the_papers_share(
     request: pytest.FixtureRequest, name: str, notebook: str, profile: str, card: float
 ) -> None:

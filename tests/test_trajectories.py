@@ -23,10 +23,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import agd_lib.trajectories
+from agd_lib.attach import AdapterSet
 from agd_lib.base_models import DiTBase, count_forwards, load_base
 from agd_lib.errors import AGDError, StoreError, WriteError
 from agd_lib.guidance import CFG
 from agd_lib.storage import sha256
+from agd_lib.training import TrainingSettings, train
 from agd_lib.trajectories import (
     CollectionPlan,
     TrajectoryStore,
@@ -540,9 +542,12 @@ def flip(name: str) -> Callable[[Path], None]:
     return change
 
 
-def link(folder: Path) -> None:
-    (folder / SHARD).rename(folder.parent / "elsewhere.safetensors")
-    (folder / SHARD).symlink_to(folder.parent / "elsewhere.safetensors")
+def link(name: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / name).rename(folder.parent / "elsewhere")
+        (folder / name).symlink_to(folder.parent / "elsewhere")
+
+    return change
 
 
 def edited(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
@@ -600,7 +605,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda folder: (folder / "conditions.safetensors").unlink(),
         "conditions.safetensors is missing",
     ),
-    "linked shard": (link, f"{SHARD} is a link"),
+    "linked shard": (link(SHARD), f"{SHARD} is a link"),
+    "linked conditions": (link("conditions.safetensors"), "conditions.safetensors is a link"),
+    "linked manifest": (link("manifest.json"), "manifest.json is a link"),
     "empty manifest": (lambda folder: (folder / "manifest.json").write_text(""), "manifest.json is not valid JSON"),
     "other version": (edited(lambda m: m.update(format_version=1)), "store format version 1, this library reads 2"),
     "edited by hand": (edit_by_hand, "is not what was written"),
@@ -612,6 +619,14 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "negative timestep": (
         other_tensors(lambda t: t["timestep"][3:4].fill_(-1)),
         f"{SHARD} holds a timestep that is not in 0 to 999",
+    ),
+    "no scale": (
+        other_tensors(lambda t: t["guidance_scale"][3:4].fill_(math.nan)),
+        f"{SHARD} holds a guidance_scale of nan in row 3",
+    ),
+    "negative signal": (
+        other_tensors(lambda t: t["signal"][3:4].fill_(-0.5)),
+        f"{SHARD} holds a signal of -0.5 in row 3",
     ),
     "a number for the conditions": (
         other_conditions({"class_labels": torch.tensor(3)}),
@@ -640,6 +655,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "no latent shape": (edited(lambda m: m.update(latent_shape=[4, 8])), r"latent_shape = \[4, 8\]"),
     "no range": (edited(lambda m: m.update(guidance_range=None)), "guidance_range = None"),
     "no steps": (edited(lambda m: m.update(num_train_timesteps=0)), "num_train_timesteps = 0"),
+    "too many steps": (
+        edited(lambda m: m.update(num_train_timesteps=10**12)),
+        "num_train_timesteps = 1000000000000, expected a whole number from 1 to 100,000",
+    ),
     "other dtype": (edited(lambda m: m.update(dtype="float32")), "shard-00000.safetensors holds"),
     "missing tensor": (other_tensors(lambda t: t.pop("signal")), f"{SHARD} holds"),
     "wrong shape": (other_tensors(lambda t: t.update(target=t["target"][:, :3].contiguous())), f"{SHARD} holds"),
@@ -655,6 +674,48 @@ def test_damage_is_found_and_named(collected: Path, tmp_path: Path, damage: str)
     with pytest.raises(StoreError, match=message) as caught:
         TrajectoryStore(folder)
     assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [SHARD, "conditions.safetensors", "manifest.json"])
+def test_links_are_refused_without_checksums_too(collected: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(collected, tmp_path / "store")
+    link(name)(tmp_path / "store")
+    with pytest.raises(StoreError, match=f"{name} is a link"):
+        TrajectoryStore(tmp_path / "store", check=False)
+
+
+MISFITS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "more timesteps": (
+        edited(lambda m: m.update(num_train_timesteps=2_000)),
+        "num_train_timesteps = 2000, .* has 1000",
+    ),
+    "another prediction": (
+        edited(lambda m: m.update(prediction_type="sample")),
+        "prediction_type = 'sample', .* has 'epsilon'",
+    ),
+    "a class that is not there": (
+        other_conditions({"class_labels": torch.tensor([0, 1, 2, 3, 999])}),
+        r"conditions.safetensors holds {'class_labels': \(5,\)}, which are no conditions of",
+    ),
+    "classes as fractions": (other_conditions({"class_labels": torch.zeros(5)}), "no conditions of"),
+    "conditions of another name": (other_conditions({"labels": torch.arange(5)}), "no conditions of"),
+    "one condition more": (
+        other_conditions({"class_labels": torch.arange(5), "text_embeds": torch.zeros(5, 3)}),
+        "no conditions of",
+    ),
+}
+
+
+@pytest.mark.parametrize("misfit", MISFITS)
+def test_what_the_base_model_cannot_take_is_never_trained_on(
+    base: DiTBase, collected: Path, tmp_path: Path, misfit: str
+) -> None:
+    harm, message = MISFITS[misfit]
+    shutil.copytree(collected, tmp_path / "store")
+    harm(tmp_path / "store")
+    adapters = AdapterSet.create(base, hidden_size=8)
+    with pytest.raises(StoreError, match=message):
+        list(train(base, adapters, TrajectoryStore(tmp_path / "store"), TrainingSettings(num_steps=1, batch_size=2)))
 
 
 def test_damage_is_found_before_collection_goes_on(base: DiTBase, collected: Path, tmp_path: Path) -> None:

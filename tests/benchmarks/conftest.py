@@ -46,12 +46,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         "AGD ms/image",
         "ratio",
         "of fastest",
+        "CFG/unguided",
         "limit 2/(1+overhead)",
         "FLOP overhead",
     ]
     _print_table(terminalreporter, agd_rows, columns)
     terminalreporter.write_line(
-        "of one sampler step, on average over a run; medians over rounds; ratio = CFG / AGD, of the medians and of the fastest rounds"
+        "of one sampler step, on average over a run; medians over rounds; ratio = CFG / AGD, median over rounds, and of the fastest rounds"
     )
 
 
