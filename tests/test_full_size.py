@@ -82,9 +82,9 @@ def test_the_profiles_adapters_stay_within_the_papers_share_and_fit_its_card(xl:
         assert memory.fits(24), kind
         if kind == given["adapter_kinds"]:  # as the profile's comments say
             assert adapters.num_parameters() / xl.num_parameters() == pytest.approx(0.0415, abs=1e-4)
-            assert memory.total == pytest.approx(6.4 * GIB, rel=0.01)
+            assert memory.total == pytest.approx(6.7 * GIB, rel=0.01)
             without = training_memory(xl, adapters, given["training_batch_size"], MemorySettings()).memory
-            assert without.total == pytest.approx(23.2 * GIB, rel=0.01)
+            assert without.total == pytest.approx(23.5 * GIB, rel=0.01)
 
 
 def test_the_papers_batch_trains_in_four_gib(xl: DiTBase) -> None:
