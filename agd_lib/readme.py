@@ -149,6 +149,15 @@ def strengths_table(path: Path) -> str:
     )
 
 
+def scales_table(path: Path) -> str:
+    """CFG and the shipped adapters at scales between and beyond those of the study (:mod:`agd_lib.ablations`)."""
+    about, rows = read_json(path, ReadmeError, "study"), [each.row for each in read_ablation(path)]
+    return (
+        f"{rows[0].base}, {rows[0].steps} sampler steps, mean ± standard deviation over {len({row.seed for row in rows})} seeds of noise, with "
+        f"the shipped adapters. `{about['command']}`, kept in [`{display_path(path)}`]({display_path(path)}).\n\n{markdown_table(rows)}"
+    )
+
+
 def rivals_table(path: Path) -> str:
     """Other ways to one pass beside AGD's adapters (:mod:`agd_lib.rivals`)."""
     about, (outcomes, others) = read_json(path, ReadmeError, "study"), read_comparison(path)
@@ -201,6 +210,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "tiny-dit-rivals": rivals_table,
     "tiny-dit-interval": intervals_table,
     "tiny-sd21-interval": intervals_table,
+    "tiny-sd21-scale": scales_table,
+    "tiny-sdxl-scale": scales_table,
     "tiny-dit-strength": strengths_table,
     "tiny-sd21-strength": strengths_table,
     "tiny-sd21-negatives": negative_prompts_table,
