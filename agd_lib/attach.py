@@ -120,7 +120,8 @@ class AdapterSet(nn.Module):
         adapters: the adapters by site; dots in site names are written as slashes, as ``nn.ModuleDict`` asks.
         shared: the code network that they share; None for kinds that do not.
         enabled: while False, the base model behaves as if nothing were attached.
-        card: the model card that they were loaded with; empty for others, and after more training.
+        card: the model card that they were loaded with; empty for others, and after more training. Saved with them again
+            while their config is the one that it was written for.
     """
 
     card: str
@@ -130,7 +131,7 @@ class AdapterSet(nn.Module):
         if config.kind not in ADAPTERS:
             raise ValueError(f"got adapter kind {config.kind!r}, expected one of: {', '.join(ADAPTERS)}")
         self.config = config
-        self.card = ""
+        self.card, self._config_of_card = "", config
         if config.noise_ranges > 1 and config.kind != "modulated":
             raise ValueError(
                 f"got noise_ranges {config.noise_ranges} for {config.kind} adapters, expected 1: only modulated adapters "
@@ -641,11 +642,12 @@ class AdapterSet(nn.Module):
         Raises:
             WriteError: if the disk refuses; nothing half-written is left.
         """
+        known = self.card if self.config == self._config_of_card else ""
         with writing(Path(folder)) as temporary:
             temporary.mkdir()
             write_tensors(temporary / WEIGHTS_NAME, self.state_dict())
             write_json(temporary / CONFIG_NAME, asdict(self.config))
-            (temporary / CARD_NAME).write_text(card or self.card or default_card(self.config), encoding="utf-8")
+            (temporary / CARD_NAME).write_text(card or known or default_card(self.config), encoding="utf-8")
 
     def push_to_hub(self, repo_id: str, card: str = "", private: bool = False) -> str:
         """Upload what :meth:`save_pretrained` writes to the hub; the repository is made if there is none.
@@ -691,7 +693,7 @@ class AdapterSet(nn.Module):
         config = config_from_dict(read_json(folder / CONFIG_NAME, AdapterError, "adapter config"), folder)
         tensors = read_tensors(folder / WEIGHTS_NAME, AdapterError, "adapter weights")
         adapters = cls.from_tensors(config, tensors, f"the weights in {folder} do not fit its config.json")
-        adapters.card = _card_of(folder)
+        adapters.card, adapters._config_of_card = _card_of(folder), config
         return adapters.to(device)
 
 

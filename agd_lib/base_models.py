@@ -153,7 +153,7 @@ class BaseModel(ABC):
         """Whether this is a condition of the model: by the names, dimensions and widths of its tensors."""
         blank = self.blank_condition(1)
         return condition.keys() == blank.keys() and all(
-            value.ndim == blank[name].ndim and value.ndim > 0 and value.shape[2:] == blank[name].shape[2:]
+            value.ndim == blank[name].ndim > 0 and value.shape[1:][-1:] == blank[name].shape[1:][-1:]
             for name, value in condition.items()
         )
 
@@ -277,8 +277,7 @@ class BaseModel(ABC):
         """Latents (B, C, h, w) to images (B, 3, H, W), float32 in [0, 1]; :attr:`images_at_once` of them at a time."""
         with self._on_device(self.vae):
             chunks = self._unscaled(latents.to(self.vae.dtype)).split(self.images_at_once)
-            decoded = [(self.vae.decode(chunk).sample / 2 + 0.5).clamp(0, 1).float() for chunk in chunks]
-        return torch.cat(decoded)
+            return torch.cat([(self.vae.decode(chunk).sample / 2 + 0.5).clamp(0, 1).float() for chunk in chunks])
 
     def _unscaled(self, latents: Tensor) -> Tensor:
         """Latents as the autoencoder takes them."""
@@ -321,19 +320,21 @@ class BaseModel(ABC):
         device = self.device
         moved = [(model, model.device) for model in models if model.device != device]
         makes_room = self.offload and self._home is None and bool(moved)
-        if makes_room:
-            self._home = device
-            self.denoiser.to(moved[0][1])
         try:
+            if makes_room:
+                self._home = device
+                self.denoiser.to(moved[0][1])
             for model, _ in moved:
                 model.to(device)
             yield
         finally:
-            for model, place in moved:
-                model.to(place)
-            if makes_room:
-                self.denoiser.to(device)
-                self._home = None
+            try:
+                for model, place in moved:
+                    model.to(place)
+            finally:
+                if makes_room:
+                    self.denoiser.to(device)
+                    self._home = None
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> BaseModel:
         """Move the whole pipeline; returns self."""

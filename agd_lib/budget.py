@@ -55,9 +55,14 @@ def seconds_per_forward(base: BaseModel, batch_size: int = 128) -> float:
     return seconds / batch_size
 
 
-def sampling_cost(base: BaseModel, num_images: int, nfe: int, batch_size: int = 128) -> Cost:
-    """Cost of sampling ``num_images`` at ``nfe`` forward passes each."""
-    return Cost(num_images * nfe * seconds_per_forward(base, min(batch_size, num_images)))
+def sampling_cost(base: BaseModel, num_images: int, nfe: int, batch_size: int | None = None) -> Cost:
+    """Cost of sampling ``num_images`` at ``nfe`` forward passes each.
+
+    Args:
+        batch_size: images at once; None: as :func:`~agd_lib.sampling.generate` takes them.
+    """
+    at_once = min(batch_size or min(128, base.images_at_once), num_images)
+    return Cost(num_images * nfe * seconds_per_forward(base, at_once))
 
 
 def collection_cost(base: BaseModel, plan: CollectionPlan, batch_size: int = 128) -> Cost:
@@ -77,10 +82,10 @@ def training_cost(
     latents = torch.randn(batch_size, *base.latent_shape, device=base.device)
     timestep = torch.zeros(batch_size, dtype=torch.int64, device=base.device)
     scale = torch.ones(batch_size, device=base.device)
-    student = Student(base, adapters, gradient_checkpointing)
+    student, condition = Student(base, adapters, gradient_checkpointing), base.null_condition(batch_size)
     for _ in range(2):
         start = time.perf_counter()
-        student(latents, timestep, base.null_condition(batch_size), scale).square().mean().backward()
+        student(latents, timestep, condition, scale).square().mean().backward()
         adapters.zero_grad()
         seconds = time.perf_counter() - start
     return Cost(seconds * settings.num_steps)
@@ -115,7 +120,7 @@ JOBS = (
     Job("DiT-XL/2 256: the paper's whole experiment", 16, 24, 12, _DIT_XL),
     Job("Stable Diffusion 2.1 768: the same in less memory, profile `small-gpu`", 16, 8, 12, _SD21),
     Job("Stable Diffusion 2.1 768: the paper's whole experiment", 24, 24, 12, _SD21),
-    Job("SDXL 1024: the same in less memory, profile `small-gpu`", 20, 12, 20, _SDXL),
+    Job("SDXL 1024: the same in less memory, profile `small-gpu`", 24, 12, 20, _SDXL),
     Job("SDXL 1024: the paper's whole experiment", 24, 24, 20, _SDXL),
 )
 """The paper used one GPU of 24 GB for everything. Its authors keep every step of its trajectories, 66 to 131 GB; the ``paper``

@@ -31,7 +31,7 @@ from .errors import AGDError
 from .extractor import ShapesExtractor, load_local
 from .guidance import AGD, CFG, Guidance, GuidanceInterval, Unguided
 from .results import Row, row_from_dict
-from .sampling import generate
+from .sampling import endpoint, generate, sample
 from .storage import key_of, lock_folder, read_json, read_tensors, refuse_link, sha256, write_json, write_tensors
 
 
@@ -375,7 +375,7 @@ def evaluate(
     """Sample ``n`` images, conditions in turn, and measure them. Images are not kept in memory, features are.
 
     With ``accelerate launch`` (``torchrun`` on CPUs) the processes share out the batches, and each gets the whole result; there
-    must be at least as many batches as processes. Seconds are the processes' own, for their own images.
+    must be at least as many batches as processes. Seconds are the processes' own, for encoding and sampling their own images.
 
     Args:
         reference: made with the same extractor.
@@ -434,12 +434,12 @@ def evaluate(
         for start in starts[processes.process_index :: processes.num_processes]:
             asked = conditions[start : start + batch_size]
             part = batches and batches / f"batch-{start:07d}.safetensors"
-            if part is not None and part.is_file():  # by a run that was interrupted
-                mine[start] = read_tensors(part, EvaluationError, "measurement's batch")
-            else:
-                mine[start] = _sample_batch(base, asked, guidance, extractor, num_inference_steps, seed, start)
+            batch = None if part is None else _kept_batch(part, (len(asked), *base.latent_shape), extractor)
+            if batch is None:
+                batch = _sample_batch(base, asked, guidance, extractor, num_inference_steps, seed, start)
                 if part is not None:
-                    write_tensors(part, mine[start])
+                    write_tensors(part, batch)
+            mine[start] = batch
             bar.update(len(asked))
         found = dict(gather_object(list(mine.items()))) if processes.num_processes > 1 else mine
         parts = [found[start] for start in starts]
@@ -513,6 +513,23 @@ def _sample_batch(
     tensors = {"latents": latents.float().cpu(), "features": features}
     tensors |= {"passes": torch.tensor(meter.samples), "seconds": torch.tensor(seconds, dtype=torch.float64)}
     return tensors if shown is None else tensors | {"shown": shown}
+
+
+def _kept_batch(path: Path, shape: tuple[int, ...], extractor: FeatureExtractor) -> dict[str, Tensor] | None:
+    """What :func:`_sample_batch` gave to a run that was interrupted; None if it is not there, or not whole.
+
+    Args:
+        shape: of its latents, (B, C, H, W).
+    """
+    if path.is_symlink() or not path.is_file():
+        return None
+    try:
+        batch = read_tensors(path, EvaluationError, "measurement's batch")
+    except EvaluationError:
+        return None
+    expected = {"latents": shape, "features": (shape[0], extractor.feature_dim), "passes": (), "seconds": ()}
+    found = {name: tuple(tensor.shape) for name, tensor in batch.items()}
+    return batch if found in (expected, expected | {"shown": (shape[0],)}) else None
 
 
 def _inputs(
@@ -639,15 +656,17 @@ def time_side_by_side(
 ) -> dict[str, Timing]:
     """Time several guidances in turn, round by round, so that a change of the machine's speed hits all alike.
 
+    Conditions are encoded before, and images are not decoded.
+
     Args:
         conditions: as for :func:`evaluate`.
     """
-    conditions = _in_turn(base, conditions, batch_size)
+    condition = base.encode(_in_turn(base, conditions, batch_size))
     seconds: dict[str, list[float]] = {name: [] for name in guidances}
     for round_number in range(rounds + 1):
         for name, guidance in guidances.items():
             start = time.perf_counter()
-            list(generate(base, conditions, guidance, num_inference_steps, batch_size=batch_size))
+            endpoint(sample(base, condition, guidance, num_inference_steps, seeds=range(batch_size)))
             _synchronize(base)
             if round_number > 0:  # the first round warms up
                 seconds[name].append((time.perf_counter() - start) / batch_size)

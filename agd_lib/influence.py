@@ -55,7 +55,7 @@ def endpoint_influence(
         """Final latents (num_samples, C, H, W) with guidance everywhere but in [low, high)."""
         guidance = CFG(lambda timestep: 1.0 if low <= timestep < high else scale, store.manifest["guided_channels"])
         latents = []
-        for indices in torch.arange(num_samples).split(batch_size):
+        for indices in torch.arange(num_samples).split(min(batch_size, base.images_at_once)):
             condition = {name: value[indices % known].to(base.device) for name, value in conditions.items()}
             seeds = [sample_seed(seed, int(i)) for i in indices]
             latents.append(endpoint(sample(base, condition, guidance, num_inference_steps, seeds=seeds)).float())

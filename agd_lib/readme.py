@@ -83,15 +83,15 @@ def speed_table(path: Path) -> str:
     lines = [
         f"Medians over rounds, timed in turn in one run of `make bench`, on {cpu['count']} cores of {cpu['brand_raw']} with torch "
         f"{about['machine_info']['torch']}; kept in [`{display_path(path)}`]({display_path(path)}). The limit is 2 / (1 + the "
-        "adapters' share of the counted operations); CFG / unguided is what a single pass of the model without any adapters reaches.",
+        "adapters' share of the counted operations).",
         "",
-        "| model | adapters | share of parameters | batch | CFG, ms a step and image | AGD | CFG / AGD | CFG / unguided | limit |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| model | adapters | share of parameters | batch | CFG, ms a step and image | AGD | CFG / AGD | limit |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     lines += [
         f"| {row['base']} | {row['adapter']} | {row['adapter_share']:.1%} | {row['batch_size']} "
         f"| {1000 * row['cfg_seconds_per_image']:,.1f} | {1000 * row['agd_seconds_per_image']:,.1f} | {row['ratio']:.2f} "
-        f"| {row['unguided_ratio']:.2f} | {row['ratio_limit']:.2f} |"
+        f"| {row['ratio_limit']:.2f} |"
         for row in found
         if "adapter" in row
     ]

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import errno
 import io
 import json
 import os
@@ -361,6 +362,8 @@ def execute(path: Path, output: Path, parameters: dict[str, Any], label: str) ->
             f"The notebook up to there: {display_path(failed)}"
         ) from error
     except OSError as error:  # papermill writes the notebook as it goes
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
         raise WriteError(
             f"could not write {output}: {error}. Make room or choose another folder, then run the same command again: finished "
             "notebooks are kept"

@@ -31,7 +31,7 @@ def strength_gains(
     store: TrajectoryStore,
     below: float = DEFAULT_BELOW,
     num_ranges: int = 10,
-    batch_size: int = 256,
+    batch_size: int | None = None,
 ) -> tuple[float, ...]:
     """The factors for w - 1 with which the adapters add as much as guidance does: ``sqrt(E |g|^2 / E |d|^2)``.
 
@@ -44,6 +44,7 @@ def strength_gains(
         below: the share of the noise levels, from the cleanest, at which strength is restored. Above, where the composition
             is decided, more of an answer that is not exact acts like a larger scale instead of sharpening the image.
         num_ranges: equal ranges of noise levels; a range counts as a whole, by its cleanest level.
+        batch_size: states at once; None: :attr:`~agd_lib.base_models.BaseModel.images_at_once`, at most 256.
 
     Returns:
         (num_ranges,) from the cleanest range of timesteps to the noisiest, none above :data:`MAX_GAIN`; 1 where the store
@@ -59,7 +60,7 @@ def strength_gains(
     student, weights = Student(base, adapters), scale_weights(store)
     energies = torch.zeros(2, num_ranges, dtype=torch.float64)  # of the guidance, and of what the adapters add
     ranges = store.column("timestep") * num_ranges // base.num_train_timesteps
-    for indices in torch.arange(len(store)).split(batch_size):
+    for indices in torch.arange(len(store)).split(batch_size or min(256, base.images_at_once)):
         batch = store.batch(indices).to(base.device)
         prediction = student(batch.latents, batch.timestep, batch.condition, batch.guidance_scale)
         with adapters.disabled():

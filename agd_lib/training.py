@@ -360,11 +360,17 @@ def train(
 
 
 @torch.no_grad()
-def state_errors(base: BaseModel, adapters: AdapterSet, store: TrajectoryStore, batch_size: int = 256) -> Tensor:
+def state_errors(
+    base: BaseModel, adapters: AdapterSet, store: TrajectoryStore, batch_size: int | None = None
+) -> Tensor:
     """The mean squared error of the single-pass prediction at every recorded state, (len(store),), on the CPU.
 
     Untrained adapters give the store's ``signal``: the error of doing nothing. The adapters stay attached.
+
+    Args:
+        batch_size: states at once; None: :attr:`~agd_lib.base_models.BaseModel.images_at_once`, at most 256.
     """
+    batch_size = batch_size or min(256, base.images_at_once)
     student = Student(base, adapters)
     errors = []
     for indices in torch.arange(len(store)).split(batch_size):

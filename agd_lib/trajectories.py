@@ -231,8 +231,8 @@ def collect(
     processes = PartialState(cpu=base.device.type == "cpu")
     with lock_folder(folder) if processes.is_main_process else nullcontext():
         if processes.is_main_process:
-            _begin(conditions, folder, header)
             _check_room(base, plan, folder)
+            _begin(conditions, folder, header)
         processes.wait_for_everyone()
         listed = len(read_manifest(folder)["shards"])
         mine = range(processes.process_index, plan.num_shards, processes.num_processes)
@@ -281,13 +281,14 @@ def _begin(conditions: Condition, folder: Path, header: dict[str, Any]) -> None:
 
 
 def _check_room(base: BaseModel, plan: CollectionPlan, folder: Path) -> None:
-    """Raises :class:`WriteError` if the disk has no room for the shards that the manifest does not list yet."""
-    missing = plan.num_shards - len(read_manifest(folder)["shards"])
-    needed, free = predicted_size(base, plan) * missing // plan.num_shards, shutil.disk_usage(folder).free
+    """Raises :class:`WriteError` if the disk has no room for the shards that are not there yet."""
+    missing = sum(not (folder / f"shard-{shard:05d}.safetensors").exists() for shard in range(plan.num_shards))
+    needed = predicted_size(base, plan) * missing // plan.num_shards
+    free = shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.exists())).free
     if needed > free:
         raise WriteError(
-            f"{folder} will take {needed / 2**20:,.0f} MiB more, {free / 2**20:,.0f} are free there: make room, choose another "
-            "folder, or record fewer steps_per_trajectory"
+            f"{folder} will take {needed / 2**20:,.2f} MiB more, {free / 2**20:,.2f} are free there: make room or choose another "
+            "folder; a store that records fewer steps_per_trajectory takes less"
         )
 
 
@@ -525,7 +526,7 @@ class TrajectoryBatch:
 
 
 class TrajectoryStore:
-    """A store opened for reading; tensors are memory-mapped, so opening costs no memory.
+    """A store opened for reading; tensors are memory-mapped: of the states nothing is read until they are asked for.
 
     Args:
         folder: what :func:`collect` wrote.

@@ -173,6 +173,8 @@ def sdxl() -> StableDiffusionXLBase:
 def with_random_weights(base: BaseModel) -> BaseModel:
     """The denoiser of a base on the meta device brought into memory, with random weights (what it draws is noise)."""
     base.denoiser.to_empty(device="cpu")
+    encoders = {name: None for name in ("text_encoder", "text_encoder_2") if name in base.pipeline.components}
+    base.pipeline.register_modules(**encoders)  # they have no weights
     generator = torch.Generator().manual_seed(0)
     for tensor in [*base.denoiser.parameters(), *base.denoiser.buffers()]:
         if tensor.is_floating_point():

@@ -10,6 +10,7 @@ import pickle
 import re
 import shutil
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -539,6 +540,10 @@ def test_the_model_card_goes_where_the_adapters_go(
     AdapterSet.from_pretrained(saved).save_pretrained(tmp_path / "measured", card="# Measured: 1.5")
     AdapterSet.from_pretrained(tmp_path / "measured").push_to_hub("somebody/theirs")
     assert hub.files["README.md"] == b"# Measured: 1.5"
+    changed = AdapterSet.from_pretrained(tmp_path / "measured")
+    changed.config = replace(changed.config, strength=(1.5,))  # other results
+    changed.save_pretrained(tmp_path / "changed")
+    assert "1.5" not in (tmp_path / "changed" / "README.md").read_text()
     AdapterSet.from_pretrained(tmp_path / "measured").save_pretrained(tmp_path / "again", card="# Measured: 1.4")
     assert (tmp_path / "again" / "README.md").read_text() == "# Measured: 1.4"
     for unreadable in (b"\xff\xfe", b"x" * (2**20 + 1), None):

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
@@ -423,6 +423,28 @@ def test_an_interrupted_measurement_goes_on_with_its_next_batch(
     assert meter.samples == 8 * 6  # of the six images that were missing
     assert torch.equal(resumed.latents, undisturbed.latents) and not batches.exists()
     assert replace(resumed.row, seconds_per_image=0.0) == replace(undisturbed.row, seconds_per_image=0.0)
+
+
+@pytest.mark.parametrize("harm", ["truncated", "linked", "another shape", "another name"])
+def test_kept_batches_that_are_not_whole_are_made_again(
+    dit_base: DiTBase, reference: Reference, tmp_path: Path, harm: str
+) -> None:
+    options: dict[str, Any] = {"n": N, "num_inference_steps": 4, "batch_size": 3, "progress": False}
+    undisturbed = evaluate(dit_base, CFG(3.0), reference, MeanColours(), **options)
+    with pytest.raises(Interrupted):
+        evaluate(dit_base, CFG(3.0), reference, InterruptedColours(), keep=tmp_path / "kept", **options)
+    (first, _) = sorted((tmp_path / "kept").glob("*/batch-*"))
+    if harm == "truncated":
+        first.write_bytes(first.read_bytes()[:-10])
+    elif harm == "linked":
+        first.rename(tmp_path / "elsewhere")
+        first.symlink_to(tmp_path / "elsewhere")
+    else:
+        tensors = load_file(first)
+        latents = tensors.pop("latents")
+        save_file(tensors | ({"latents": latents[:2].clone()} if harm == "another shape" else {"x": latents}), first)
+    resumed = evaluate(dit_base, CFG(3.0), reference, MeanColours(), keep=tmp_path / "kept", **options)
+    assert torch.equal(resumed.latents, undisturbed.latents) and resumed.row.fd == undisturbed.row.fd
 
 
 def test_batches_of_another_measurement_are_not_taken(dit_base: DiTBase, reference: Reference, tmp_path: Path) -> None:

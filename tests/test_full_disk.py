@@ -114,9 +114,9 @@ def test_a_store_that_will_not_fit_is_not_begun(dit_folder: Path, tmp_path: Path
     base = load_base(dit_folder)
     folder = small_disk.path / "store"
     small_disk.leave(130)
-    with pytest.raises(WriteError, match="will take 0 MiB more, 0 are free there: make room"):
+    with pytest.raises(WriteError, match=r"will take 0\.14 MiB more, 0\.1. are free there: make room"):
         collect(base, PLAN, folder, progress=False)
-    assert not list(folder.glob("shard*"))
+    assert not folder.exists()  # so that another plan may take its place
     small_disk.make_room()
     collect(base, PLAN, folder, progress=False)
     small_disk.leave(0)

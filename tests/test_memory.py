@@ -173,9 +173,9 @@ def test_the_peak_of_encoding_is_what_the_profiler_sees(
 
 
 def test_decoding_in_float16_counts_an_autoencoder_that_would_overflow_in_float32(tmp_path: Path) -> None:
+    """SDXL's; Stable Diffusion's pipeline leaves its own in float16, whatever its config says."""
     sd, sdxl = (small_base(family, tmp_path / family) for family in ("sd", "sdxl"))
-    assert sdxl.vae.config.force_upcast
-    sd.vae.register_to_config(force_upcast=False)
+    assert sd.vae.config.force_upcast and sdxl.vae.config.force_upcast
     halves = [decoding_memory(base, MemorySettings(torch.float16, offload=True)).total for base in (sd, sdxl)]
     whole = [decoding_memory(base, MemorySettings(offload=True)).total for base in (sd, sdxl)]
     assert halves[0] < 0.6 * whole[0] and halves[1] == whole[1]
@@ -358,10 +358,15 @@ def test_offloaded_models_come_to_the_device_for_a_call_and_the_denoiser_makes_r
     with pytest.raises(RuntimeError):
         base.decode(torch.zeros(1, 7, 8, 8))
     assert moves == expected * 2  # also when the call fails
+    denoiser = base.denoiser
     with base._on_device(base.vae):
+        base.denoiser = torch.nn.Linear(1, 1)  # as if it had really gone to the computer's memory
         assert base.device.type == "meta"  # where the work is done, wherever the denoiser waits
+        base.denoiser = denoiser
         base.decode(torch.zeros(1, *base.latent_shape))
     assert base._home is None
+    nested = ["denoiser to cpu", "autoencoder to meta", "autoencoder to meta", "autoencoder to cpu"]
+    assert moves[8:] == [*nested, "autoencoder to cpu", "denoiser to meta"]  # the patched moves move nothing
 
     text = small_base("sdxl", tmp_path)
     encoders = [text.pipeline.text_encoder, text.pipeline.text_encoder_2]

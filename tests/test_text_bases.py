@@ -527,6 +527,18 @@ def test_the_null_condition_follows_the_text_encoder(tmp_path: Path) -> None:
         torch.testing.assert_close(ends[1], run_pipeline(base, 3.0), rtol=1e-4, atol=1e-4)  # type: ignore[arg-type]
 
 
+def test_what_is_a_condition_of_a_model(base: StableDiffusionBase) -> None:
+    plain, pairs = base.encode(PROMPTS), base.encode([("red cat", "a hat"), ("a hat", "")])
+    assert base.takes(plain) and base.takes(pairs)
+    for condition in (plain, pairs):
+        for name, value in condition.items():
+            assert not base.takes(condition | {name: value[..., :-1]}), name  # another width
+            assert not base.takes(condition | {name: value[:, None]}), name  # a dimension more
+    for name in plain:
+        assert not base.takes({other: value for other, value in plain.items() if other != name})
+    assert not base.takes(plain | {"class_labels": torch.zeros(4)})
+
+
 def test_many_prompts_are_encoded_in_parts(base: StableDiffusionBase, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = ["red cat", "cat on hat"] * 40
     two, encode, parts = base.encode(prompts[:2]), base._encode, []

@@ -1,4 +1,4 @@
-"""Training steps in mixed precision, and compiled too, as :mod:`agd_lib.study` takes them, against plain ones: ``make bench``."""
+"""Training steps with the base in bfloat16, and compiled too, against plain ones in float32: ``make bench``."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def steps_of(name: str, store: TrajectoryStore, half: bool, compiled: bool) -> C
     """Takes :data:`STEPS` training steps of the modulated adapters whenever it is called.
 
     Args:
-        half: in bfloat16 where that is safe; else in float32 everywhere.
+        half: the frozen base in bfloat16; else all in float32.
     """
-    base, plan = load_base(name), PLANS[name]
+    base, plan = load_base(name, dtype=torch.bfloat16 if half else torch.float32), PLANS[name]
     recipe = plan.recipes["modulated"]
     adapters = AdapterSet.create(
         base, "modulated", recipe.hidden_size, plan.guidance_range, noise_ranges=recipe.noise_ranges
@@ -41,8 +41,7 @@ def steps_of(name: str, store: TrajectoryStore, half: bool, compiled: bool) -> C
 
     def steps() -> None:
         attention = sdpa_kernel(SDPBackend.MATH) if half or compiled else nullcontext()
-        # as Accelerator(mixed_precision="bf16") does, of which a process can have one kind only
-        with torch.autocast("cpu", torch.bfloat16, enabled=half), attention:
+        with attention:
             for _ in range(STEPS):
                 next(states)
 
