@@ -242,7 +242,8 @@ class BaseModel(ABC):
         one image does, and one image keeps a card busy.
         """
         _, height, width = self.latent_shape
-        side = 2 ** (len(self.vae.config.block_out_channels) - 1)  # of the square of pixels that a latent stands for
+        levels = 4 if self.vae is None else len(self.vae.config.block_out_channels)
+        side = 2 ** (levels - 1)  # of the square of pixels that a latent stands for
         return max(1, 2**20 // (height * width * side**2))
 
     @property

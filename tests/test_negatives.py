@@ -271,14 +271,14 @@ def test_offloaded_pipelines_take_negative_prompts(what: str, tmp_path: Path) ->
 
 
 def test_the_empty_negative_prompt_is_encoded_once_for_a_block(base: StableDiffusionBase) -> None:
-    """Not at every pass, where it would also be counted among the adapters' operations."""
+    """At most once, not at every pass, where it would also be counted among the adapters' operations."""
     adapters, condition = new(base).attach(base), base.encode(PROMPTS)
     calls = []
     handle = base.pipeline.text_encoder.register_forward_hook(lambda *_: calls.append(1))
     with adapters.guided_by(4.0), torch.no_grad():
         for timestep in (10, 500, 900):
             base.denoise(torch.randn(2, *base.latent_shape), timestep, condition)
-    assert len(calls) == 1
+    assert len(calls) == (0 if isinstance(base, StableDiffusionXLBase) else 1)  # SDXL's are zeros
     handle.remove()
     adapters.remove()
     plain = count_flops(base)
