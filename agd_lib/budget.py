@@ -123,7 +123,7 @@ JOBS = (
     Job("SDXL 1024: the same in less memory, profile `small-gpu`", 24, 12, 20, _SDXL),
     Job("SDXL 1024: the paper's whole experiment", 24, 24, 20, _SDXL),
 )
-"""The paper used one GPU of 24 GB for everything. Its authors keep every step of its trajectories, 66 to 131 GB; the ``paper``
+"""The paper used one GPU of 24 GB for everything. Its authors keep every step of its trajectories, 74 to 131 GB; the ``paper``
 profiles keep as many as training reads."""
 
 

@@ -433,12 +433,12 @@ def evaluate(
     ):
         for start in starts[processes.process_index :: processes.num_processes]:
             asked = conditions[start : start + batch_size]
-            part = batches and batches / f"batch-{start:07d}.safetensors"
-            batch = None if part is None else _kept_batch(part, (len(asked), *base.latent_shape), extractor)
+            path = batches and batches / f"batch-{start:07d}.safetensors"
+            batch = None if path is None else _kept_batch(path, (len(asked), *base.latent_shape), extractor)
             if batch is None:
                 batch = _sample_batch(base, asked, guidance, extractor, num_inference_steps, seed, start)
-                if part is not None:
-                    write_tensors(part, batch)
+                if path is not None:
+                    write_tensors(path, batch)
             mine[start] = batch
             bar.update(len(asked))
         found = dict(gather_object(list(mine.items()))) if processes.num_processes > 1 else mine
