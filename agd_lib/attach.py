@@ -109,6 +109,13 @@ class _Ahead:
     by_timestep: dict[float, LayerConditions]
 
 
+def _compile_anew(denoiser: nn.Module) -> None:
+    """Forget what was compiled, if anything of this denoiser is: in place, or as what ``torch.compile`` returns."""
+    in_place = any(module._compiled_call_impl is not None for module in denoiser.modules())
+    if in_place or hasattr(denoiser, "_orig_mod"):
+        torch.compiler.reset()
+
+
 class AdapterSet(nn.Module):
     """One adapter for every attention site of a base model; modulated ones of a UNet also shift every residual block.
 
@@ -265,15 +272,23 @@ class AdapterSet(nn.Module):
     def attach(self, base: BaseModel) -> AdapterSet:
         """Put the adapters on a base model; returns self. Adapters that it carried before are removed, with a warning.
 
-        There is a warning, too, if they were trained on a base model of the same name with other weights.
+        There is a warning, too, if they were trained on a base model of the same name with other weights. A denoiser that is
+        compiled is compiled anew at its next call, as after :meth:`remove`: what was compiled would not notice adapters that
+        come or go.
 
         Raises:
             AdapterError: if the base model does not fit; the message says in what.
         """
+        if self._put_on(base):
+            _compile_anew(base.denoiser)
+        return self
+
+    def _put_on(self, base: BaseModel) -> bool:
+        """Whether they were not on it already."""
         self.check_fit(base)
         previous = _attached[base.denoiser]() if base.denoiser in _attached else None
         if previous is self:
-            return self
+            return False
         untellable = ("meta", "incomplete")
         if base.name == self.config.base_name and base.fingerprint() not in (*untellable, self.config.base_fingerprint):
             warnings.warn(
@@ -283,8 +298,8 @@ class AdapterSet(nn.Module):
             )
         if previous is not None:
             warnings.warn("this base model carried adapters already; they were removed", stacklevel=2)
-            previous.remove()
-        self.remove()
+            previous._take_off()
+        self._take_off()
         on_meta = base.device.type == "meta"  # where accelerate keeps the place of weights that it has offloaded
         if not on_meta and next(self.parameters()).device != base.device:
             self.to(base.device)
@@ -304,10 +319,16 @@ class AdapterSet(nn.Module):
             if site in self.config.timestep_sites:
                 self._handles.append(projection.register_forward_hook(self._layer_hook(site), with_kwargs=True))
         _attached[base.denoiser] = weakref.ref(self)
-        return self
+        return True
 
     def remove(self) -> None:
         """Take the adapters off. The base model is again what it was, to the bit. Harmless where none are on."""
+        base = self._base
+        self._take_off()
+        if base is not None:
+            _compile_anew(base.denoiser)
+
+    def _take_off(self) -> None:
         for handle in self._handles:
             handle.remove()
         if self._base is not None:
@@ -319,17 +340,20 @@ class AdapterSet(nn.Module):
     def attached(self, base: BaseModel) -> Iterator[AdapterSet]:
         """Inside the block the adapters are on ``base``; afterwards they are where they were before, if anywhere.
 
+        What is compiled runs uncompiled inside the block, and need not be compiled anew after it.
+
         Raises:
             AdapterError: if the base model does not fit; the message says in what.
         """
         before = self._base
-        self.attach(base)
-        try:
-            yield self
-        finally:
-            self.remove()
-            if before is not None:
-                self.attach(before)
+        with torch.compiler.set_stance("force_eager"):
+            self._put_on(base)
+            try:
+                yield self
+            finally:
+                self._take_off()
+                if before is not None:
+                    self._put_on(before)
 
     def check_attached(self, base: BaseModel) -> None:
         """Raises :class:`AdapterError` if these adapters are not on this very base model."""
@@ -450,10 +474,12 @@ class AdapterSet(nn.Module):
             scale = self._scales([timestep[0]], len(timestep))[0]
             self._conditions = self._compute(timestep, condition, scale)
         else:
-            self._conditions = self._look_up(float(timestep[0]), condition, self._base.run)
+            self._conditions = self._look_up(timestep, condition, self._base.run)
 
-    def _look_up(self, timestep: float, condition: Condition, run: SamplingRun) -> LayerConditions:
+    @torch.compiler.disable  # it is the same for every layer and many steps: compiled, it would be compiled for each timestep
+    def _look_up(self, timesteps: Tensor, condition: Condition, run: SamplingRun) -> LayerConditions:
         """The conditions of a step of a run: from those computed ahead, if they were computed from the same."""
+        timestep = float(timesteps[0])
         ahead: _Ahead | None = run.ahead.pop(self, None)
         constants: LayerConditions = {}
         if ahead is not None and (

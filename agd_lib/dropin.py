@@ -159,9 +159,8 @@ def _guided(kind: type) -> type:
         _refuse_what_takes_two_passes(call.arguments, signature)
         scale = _read_scale(call.arguments, adapters.config.guidance_range)
         call.arguments["guidance_scale"] = 1.0
-        uncompiled = torch.compiler.set_stance("force_eager")  # compiled code does not notice hooks that come and go
         run = base.running(SamplingRun(base.scheduler))
-        with uncompiled, adapters.attached(base), adapters.guided_by(scale, negative), run:
+        with adapters.attached(base), adapters.guided_by(scale, negative), run:
             return pipeline_call(*call.args, **call.kwargs)
 
     looks = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}

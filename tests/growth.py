@@ -29,7 +29,7 @@ from agd_lib.attach import AdapterSet
 from agd_lib.base_models import BaseModel, base_from_pipeline, load_base
 from agd_lib.guidance import AGD
 from agd_lib.project import DATA
-from agd_lib.readme import exponent
+from agd_lib.pages import exponent
 from agd_lib.sampling import endpoint, sample
 from agd_lib.scenes import caption, draw_scene
 from agd_lib.storage import write_json

@@ -26,6 +26,8 @@ from agd_lib.adapters import ADAPTERS
 from agd_lib.attach import CONFIG_NAME, WEIGHTS_NAME
 from agd_lib.base_models import BaseModel, DiTBase
 from agd_lib.errors import AdapterError, WriteError
+from agd_lib.guidance import Guidance
+from agd_lib.sampling import endpoint
 
 KINDS = list(ADAPTERS)
 
@@ -162,6 +164,56 @@ def test_a_second_set_replaces_the_first_with_a_warning(dit_base: DiTBase, call:
         assert not torch.allclose(dit_base.denoise(*call), dit_base.denoise(*call) * 0)
     second.remove()
     assert hooks(dit_base) == count
+
+
+COMPILED = {
+    "all": lambda pipe, backend: pipe.transformer.compile(backend=backend),
+    "block by block": lambda pipe, backend: [
+        block.compile(backend=backend) for block in pipe.transformer.transformer_blocks
+    ],
+    "wrapped": lambda pipe, backend: setattr(pipe, "transformer", torch.compile(pipe.transformer, backend=backend)),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "how"), [*((kind, "all") for kind in ADAPTERS), *(("modulated", how) for how in list(COMPILED)[1:])]
+)
+def test_a_compiled_base_notices_adapters_that_come_and_go(dit_folder: Path, kind: str, how: str) -> None:
+    base = load_base(dit_folder)
+    adapters, condition = new(base, kind), base.encode([0, 1])
+
+    def images(base: BaseModel, guidance: Guidance, steps: int = 3) -> Tensor:
+        return endpoint(sample(base, condition, guidance, steps, seeds=[0, 1]))
+
+    unguided, guided = images(base, Unguided()), images(base, AGD(adapters.attach(base), 3.0))
+    assert not torch.allclose(unguided, guided, atol=0.01)
+    adapters.remove()
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    COMPILED[how](base.pipeline, backend)
+    base = base_from_pipeline(base.pipeline)
+    try:
+        torch.testing.assert_close(images(base, Unguided()), unguided)  # compiled without adapters
+        torch.testing.assert_close(images(base, AGD(adapters.attach(base), 3.0)), guided)
+        images(base, AGD(adapters, 2.0), steps=30)
+        count = len(graphs)
+        adapters.attach(base)  # again: nothing to forget
+        images(base, AGD(adapters, 4.0), steps=40)
+        assert len(graphs) == count < 10  # they serve all timesteps, scales and runs
+        adapters.remove()
+        torch.testing.assert_close(images(base, Unguided()), unguided)
+        with adapters.attached(base):
+            count = len(graphs)
+            torch.testing.assert_close(images(base, AGD(adapters, 3.0)), guided)
+        torch.testing.assert_close(images(base, Unguided()), unguided)
+        assert len(graphs) == count
+    finally:
+        torch.compiler.reset()
 
 
 def test_attaching_again_changes_nothing(dit_base: DiTBase, recwarn: pytest.WarningsRecorder) -> None:

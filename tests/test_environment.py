@@ -78,9 +78,3 @@ def test_the_readmes_commands_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE))
     named = set(re.findall(r"(?:^|`)make ([a-z-]+)", README, re.MULTILINE))
     assert {"reproduce", "test", "lab"} <= named <= targets
-
-
-def test_the_readmes_links_lead_somewhere() -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", README) + re.findall(r'src="([^"]+)"', README):
-        if not target.startswith("http"):
-            assert (ROOT / target).exists(), target

@@ -81,20 +81,24 @@ def weights(model: torch.nn.Module) -> int:
 
 
 @pytest.mark.parametrize(
-    ("family", "kind", "gradient_checkpointing"),
+    ("family", "kind", "dtype", "gradient_checkpointing"),
     [
-        ("dit", "offset", False),
-        ("dit", "offset", True),
-        ("sd", "cross-attention", True),
-        ("sdxl", "modulated", False),
+        ("dit", "offset", torch.float32, False),
+        ("dit", "offset", torch.float32, True),
+        ("sd", "cross-attention", torch.float32, True),
+        ("sdxl", "modulated", torch.float32, False),
+        ("dit", "modulated", torch.bfloat16, False),
+        ("sd", "cross-attention", torch.bfloat16, False),
+        ("sdxl", "cross-attention", torch.bfloat16, True),
     ],
 )
 def test_the_peak_of_training_is_what_the_profiler_sees(
-    tmp_path: Path, family: str, kind: str, gradient_checkpointing: bool
+    tmp_path: Path, family: str, kind: str, dtype: torch.dtype, gradient_checkpointing: bool
 ) -> None:
     base = small_base(family, tmp_path, sample_size=16, num_layers=6, attention_head_dim=24)
     adapters, store = AdapterSet.create(base, kind, hidden_size=8), small_store(base, tmp_path / "store", 16)
-    settings = MemorySettings(gradient_checkpointing=gradient_checkpointing, offload=True)
+    base = base.to(dtype=dtype)
+    settings = MemorySettings(dtype, gradient_checkpointing=gradient_checkpointing, offload=True)
     predicted = training_memory(base, adapters, 16, settings).memory
     steps = train(
         base,
@@ -107,7 +111,9 @@ def test_the_peak_of_training_is_what_the_profiler_sees(
     with profiled() as levels:
         next(steps)
     before = weights(base.denoiser) + weights(adapters) + 2 * sum(p.nbytes for p in adapters.parameters())
-    print(f"{family} {gradient_checkpointing}: {predicted.total / (before + max(levels)):.3f} of the whole peak,")
+    print(
+        f"{family} {dtype} {gradient_checkpointing}: {predicted.total / (before + max(levels)):.3f} of the whole peak,"
+    )
     print(
         f"{(predicted.total - before) / max(levels):.3f} of what comes and goes ({max(levels) / before:.2f} x weights)"
     )

@@ -31,13 +31,13 @@ def test_scene_prompts_are_the_captions_of_those_scenes() -> None:
     assert found[:10] == scene_prompts(10, seed=7) != scene_prompts(10, seed=8)
 
 
-def test_how_many_of_the_measuring_prompts_training_has_seen_is_what_the_readme_says() -> None:
+def test_how_many_of_the_measuring_prompts_training_has_seen_is_what_the_results_say() -> None:
     measured = scene_prompts(1_000, MEASURING_PROMPTS)
     by_base = set(scene_prompts(100_000, TRAIN_SEED))  # captions of the base models' training images
     by_adapters = set(scene_prompts(8_000, TRAINING_PROMPTS))
     seen = [sum(prompt in others for prompt in measured) for others in (by_base, by_adapters)]
     text = f"{seen[0]} are also among the 100,000 captions of the base models' training, {seen[1]} among the adapters' 8,000"
-    assert text in " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert text in " ".join((ROOT / "docs" / "results.md").read_text(encoding="utf-8").split())
 
 
 # A file ------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Prints what the benchmarks measured as tables: AGD beside CFG with the limit that the FLOPs allow, and the store.
 
-With ``--benchmark-json`` it is kept too, in the form that :mod:`agd_lib.readme` reads.
+With ``--benchmark-json`` it is kept too, in the form that :mod:`agd_lib.pages` reads.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The README's tables, made from the files in ``data/results``: ``python -m agd_lib.readme`` renews them.
+"""The tables of the README and of ``docs/results.md``, made from the files in ``data/results``: ``python -m agd_lib.pages``
+renews them.
 
 A table stands between ``<!-- NAME: begin -->`` and ``<!-- NAME: end -->``; its file is ``data/results/NAME.json``, but for the
 headline, which is made from the studies' files.
@@ -28,13 +29,13 @@ from .transfer import gain_kept
 RESULTS = DATA / "results"
 
 
-class ReadmeError(AGDError):
-    """The README has no place for a table, or a file of results is damaged."""
+class PageError(AGDError):
+    """A page has no place for a table, or a file of results is damaged."""
 
 
 def results_table(path: Path) -> str:
     """What a study measured (:mod:`agd_lib.study`)."""
-    about, rows = read_json(path, ReadmeError, "study"), read_study(path)
+    about, rows = read_json(path, PageError, "study"), read_study(path)
     row = rows[0]
     endpoint = (
         "Endpoint error is MSE(this, CFG) / MSE(unguided, CFG) over final latents from the same noise: 0 is CFG itself, 1 is "
@@ -58,7 +59,7 @@ def headline_table(path: Path) -> str:
         rows += read_study(path.with_name(f"{name}.json")) + restored_rows(path.with_name(f"{name}-strength.json"))
     return (
         "Every method at that of the measured scales where its own distance is lowest, mean ± standard deviation over three seeds (*: of "
-        "noise alone, with the shipped adapters, of one training); from the tables below, where the other scales are.\n\n"
+        "noise alone, with the shipped adapters, of one training); the other scales: [docs/results.md](docs/results.md).\n\n"
         f"{markdown_table(at_best_scales(rows))}"
     )
 
@@ -78,20 +79,20 @@ def restored_rows(path: Path) -> list[Row]:
 
 def speed_table(path: Path) -> str:
     """What ``make bench`` measured (``tests/benchmarks``): AGD beside CFG, and the store beside the plain way."""
-    about = read_json(path, ReadmeError, "record of benchmarks")
+    about = read_json(path, PageError, "record of benchmarks")
     cpu, found = about["machine_info"]["cpu"], [benchmark["extra_info"] for benchmark in about["benchmarks"]]
     lines = [
         f"Medians over rounds, timed in turn in one run of `make bench`, on {cpu['count']} cores of {cpu['brand_raw']} with torch "
         f"{about['machine_info']['torch']}; kept in [`{display_path(path)}`]({display_path(path)}). The limit is 2 / (1 + the "
-        "adapters' share of the counted operations).",
+        "adapters' share of the counted operations); CFG / unguided is what one pass of the model without any adapters reaches.",
         "",
-        "| model | adapters | share of parameters | batch | CFG, ms a step and image | AGD | CFG / AGD | limit |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model | adapters | share of parameters | batch | CFG, ms a step and image | AGD | CFG / AGD | CFG / unguided | limit |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
         f"| {row['base']} | {row['adapter']} | {row['adapter_share']:.1%} | {row['batch_size']} "
         f"| {1000 * row['cfg_seconds_per_image']:,.1f} | {1000 * row['agd_seconds_per_image']:,.1f} | {row['ratio']:.2f} "
-        f"| {row['ratio_limit']:.2f} |"
+        f"| {row['unguided_ratio']:.2f} | {row['ratio_limit']:.2f} |"
         for row in found
         if "adapter" in row
     ]
@@ -112,7 +113,7 @@ def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
 
 def growth_table(path: Path) -> str:
     """How costs grow with the work, as ``tests/growth.py`` measured it."""
-    about = read_json(path, ReadmeError, "record of growth")
+    about = read_json(path, PageError, "record of growth")
     lines = [
         f"`{about['command']}`; kept in [`{display_path(path)}`]({display_path(path)}). A power of 1 is growth in proportion, of 0 none.",
         "",
@@ -130,7 +131,7 @@ def growth_table(path: Path) -> str:
 
 def intervals_table(path: Path) -> str:
     """What guidance in an interval of noise levels gains (:mod:`agd_lib.ablations`)."""
-    about, rows = read_json(path, ReadmeError, "study"), read_ablation(path)
+    about, rows = read_json(path, PageError, "study"), read_ablation(path)
     row = rows[0].row
     return (
         f"{row.base}, {len({each.row.seed for each in rows})} seeds of {row.n:,} images; `{about['command']}`, kept in "
@@ -140,7 +141,7 @@ def intervals_table(path: Path) -> str:
 
 def strengths_table(path: Path) -> str:
     """The adapters with their strength restored (:mod:`agd_lib.strength`), beside themselves and CFG."""
-    about, rows = read_json(path, ReadmeError, "study"), read_ablation(path)
+    about, rows = read_json(path, PageError, "study"), read_ablation(path)
     row = rows[0].row
     return (
         f"{row.base}, {row.steps} sampler steps, mean ± standard deviation over {len({each.row.seed for each in rows})} seeds of "
@@ -151,7 +152,7 @@ def strengths_table(path: Path) -> str:
 
 def scales_table(path: Path) -> str:
     """CFG and the shipped adapters at scales between and beyond those of the study (:mod:`agd_lib.ablations`)."""
-    about, rows = read_json(path, ReadmeError, "study"), [each.row for each in read_ablation(path)]
+    about, rows = read_json(path, PageError, "study"), [each.row for each in read_ablation(path)]
     return (
         f"{rows[0].base}, {rows[0].steps} sampler steps, mean ± standard deviation over {len({row.seed for row in rows})} seeds of noise, with "
         f"the shipped adapters. `{about['command']}`, kept in [`{display_path(path)}`]({display_path(path)}).\n\n{markdown_table(rows)}"
@@ -160,7 +161,7 @@ def scales_table(path: Path) -> str:
 
 def rivals_table(path: Path) -> str:
     """Other ways to one pass beside AGD's adapters (:mod:`agd_lib.rivals`)."""
-    about, (outcomes, others) = read_json(path, ReadmeError, "study"), read_comparison(path)
+    about, (outcomes, others) = read_json(path, PageError, "study"), read_comparison(path)
     row, rates = others[0], {each.row.adapter: each.settings.learning_rate for each in outcomes}
     chosen = ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
     return (
@@ -173,7 +174,7 @@ def rivals_table(path: Path) -> str:
 
 def recipe_table(path: Path) -> str:
     """The training with one part exchanged (:mod:`agd_lib.recipes`)."""
-    about, (rows, cfg) = read_json(path, ReadmeError, "study"), read_variants(path)
+    about, (rows, cfg) = read_json(path, PageError, "study"), read_variants(path)
     row, variant = rows[0].row, rows[0].variant
     return (
         f"{Path(row.base).name}, {row.steps} sampler steps, trainings of {variant.num_steps:,} steps, mean ± standard deviation over "
@@ -184,7 +185,7 @@ def recipe_table(path: Path) -> str:
 
 def negative_prompts_table(path: Path) -> str:
     """What a study of negative prompts measured (:mod:`agd_lib.negatives`)."""
-    about, rows = read_json(path, ReadmeError, "study"), read_negatives(path)
+    about, rows = read_json(path, PageError, "study"), read_negatives(path)
     return (
         f"{rows[0].base}, {rows[0].steps} sampler steps, {len({row.seed for row in rows})} seeds of "
         f"{min(row.n for row in rows)} to {max(row.n for row in rows)} prompts. {TABLE_NOTE} Source: `{about['command']}`, kept in "
@@ -194,7 +195,7 @@ def negative_prompts_table(path: Path) -> str:
 
 def transfer_table(path: Path) -> str:
     """The shipped adapters on weights that they were not trained on (:mod:`agd_lib.transfer`)."""
-    about, rows = read_json(path, ReadmeError, "study"), read_study(path)
+    about, rows = read_json(path, PageError, "study"), read_study(path)
     lines = ["| model | weights moved | w | AGD keeps of CFG's gain in accuracy |", "|---|---|---|---|"]
     for model, by_scale in gain_kept(rows).items():
         moved = about["weights_moved"].get(model, 0)
@@ -204,27 +205,27 @@ def transfer_table(path: Path) -> str:
     return f"{results_table(path)}\n\n" + "\n".join(lines)
 
 
-TABLES: dict[str, Callable[[Path], str]] = {
-    "headline": headline_table,
-    **dict.fromkeys(PLANS, results_table),
-    "tiny-dit-rivals": rivals_table,
-    "tiny-dit-interval": intervals_table,
-    "tiny-sd21-interval": intervals_table,
-    "tiny-sd21-scale": scales_table,
-    "tiny-sdxl-scale": scales_table,
-    "tiny-dit-strength": strengths_table,
-    "tiny-sd21-strength": strengths_table,
-    "tiny-sd21-negatives": negative_prompts_table,
-    "tiny-sd21-transfer": transfer_table,
-    "tiny-dit-thrift": recipe_table,
-    "tiny-dit-states": recipe_table,
-    "tiny-dit-weighting": recipe_table,
-    "tiny-dit-noisiest": recipe_table,
-    "tiny-sd21-sites": recipe_table,
-    "speed": speed_table,
-    "growth": growth_table,
+PAGES: dict[str, dict[str, Callable[[Path], str]]] = {
+    "README.md": {"headline": headline_table, "speed": speed_table, "growth": growth_table},
+    "docs/results.md": {
+        **dict.fromkeys(PLANS, results_table),
+        "tiny-sd21-scale": scales_table,
+        "tiny-sdxl-scale": scales_table,
+        "tiny-dit-rivals": rivals_table,
+        "tiny-dit-strength": strengths_table,
+        "tiny-sd21-strength": strengths_table,
+        "tiny-dit-interval": intervals_table,
+        "tiny-sd21-interval": intervals_table,
+        "tiny-sd21-negatives": negative_prompts_table,
+        "tiny-dit-thrift": recipe_table,
+        "tiny-dit-states": recipe_table,
+        "tiny-dit-weighting": recipe_table,
+        "tiny-dit-noisiest": recipe_table,
+        "tiny-sd21-sites": recipe_table,
+        "tiny-sd21-transfer": transfer_table,
+    },
 }
-"""How the table of each file is made."""
+"""The tables of each page, in their order there, and how each is made of its file."""
 
 
 def marks(name: str) -> tuple[str, str]:
@@ -232,33 +233,39 @@ def marks(name: str) -> tuple[str, str]:
     return f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
 
 
-def with_tables(readme: str, results: Path = RESULTS) -> str:
-    """The README's text with everything between the marks of each table replaced by that table.
+def with_tables(text: str, page: str, results: Path = RESULTS) -> str:
+    """A page's text with everything between the marks of each of its tables replaced by that table.
+
+    Args:
+        text: what the page says now.
+        page: its path in the repository, one of :data:`PAGES`; a table's links are made to lead on from there.
 
     Raises:
-        ReadmeError: if the marks of a table are not there, once each and in order, or its file is damaged.
+        PageError: if the marks of a table are not there, once each and in order, or its file is damaged.
     """
-    for name, table in TABLES.items():
+    to_root = "../" * page.count("/")
+    for name, table in PAGES[page].items():
         begin, end = marks(name)
-        if (readme.count(begin), readme.count(end)) != (1, 1) or readme.index(begin) > readme.index(end):
-            raise ReadmeError(f"the README must hold {begin} and {end}, once each and in this order")
-        before, rest = readme.split(begin)
+        if (text.count(begin), text.count(end)) != (1, 1) or text.index(begin) > text.index(end):
+            raise PageError(f"{page} must hold {begin} and {end}, once each and in this order")
+        before, rest = text.split(begin)
         path = results / f"{name}.json"
         try:
-            text = table(path)
+            made = table(path).replace("](data/", f"]({to_root}data/")
         except (KeyError, TypeError, IndexError, ValueError) as error:
-            raise ReadmeError(f"{path} is not what {table.__name__} reads: {error!r}") from error
-        readme = f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}"
-    return readme
+            raise PageError(f"{path} is not what {table.__name__} reads: {error!r}") from error
+        text = f"{before}{begin}\n{made}\n{end}{rest.split(end)[1]}"
+    return text
 
 
 def main() -> int:
     """The command line; returns the exit code."""
-    path = ROOT / "README.md"
     try:
-        text = with_tables(path.read_text(encoding="utf-8"))
-        with writing(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        for page in PAGES:
+            path = ROOT / page
+            text = with_tables(path.read_text(encoding="utf-8"), page)
+            with writing(path) as temporary:
+                temporary.write_text(text, encoding="utf-8")
     except AGDError as error:
         print(error, file=sys.stderr)
         return 1

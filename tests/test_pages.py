@@ -1,4 +1,4 @@
-"""The README's code, run as it stands there but for its sizes."""
+"""The README and docs/results.md: their code, run as it stands there but for its sizes, and their tables."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from small_text_models import build_sdxl_pipeline
 
 from agd_lib import AdapterSet, CollectionPlan, base_from_pipeline, collect, load_base
 from agd_lib.project import DATA, ROOT
-from agd_lib.readme import TABLES, ReadmeError, marks, with_tables
+from agd_lib.pages import PAGES, PageError, marks, with_tables
 from agd_lib.reproduce import declared_parameters
 
 
 def code_with(replaced: Sequence[tuple[str, str]]) -> str:
-    """The piece of the README's code that has all of this, with other things in its place."""
-    pieces = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    """The piece of the pages' code that has all of this, with other things in its place."""
+    text = "".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
+    pieces = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     (code,) = [piece for piece in pieces if all(given in piece for given, _ in replaced)]
     for given, small in replaced:
         code = code.replace(given, small)
@@ -33,7 +34,7 @@ def code_with(replaced: Sequence[tuple[str, str]]) -> str:
 
 
 def run_with(replaced: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """The names that a piece of the README's code leaves behind."""
+    """The names that a piece of the pages' code leaves behind."""
     names: dict[str, Any] = {}
     exec(code_with(replaced), names)
     return names
@@ -133,10 +134,28 @@ def test_the_parameters_for_papermill_are_declared() -> None:
 
 
 def test_the_profiles_and_files_that_are_named_exist() -> None:
-    for path in re.findall(r"`((?:notebooks|data|tests|docs)/[\w./-]+)`", README):
-        assert (ROOT / path).exists() or path == "notebooks/profiles/my-pipeline.cpu.yaml", path
-    for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / link).exists(), link
+    for page in PAGES:
+        for path in re.findall(
+            r"`((?:notebooks|data|tests|docs)/[\w./-]+)`", (ROOT / page).read_text(encoding="utf-8")
+        ):
+            assert (ROOT / path).exists() or path == "notebooks/profiles/my-pipeline.cpu.yaml", path
+
+
+def headings(page: Path) -> set[str]:
+    """What a link into a page can name: its headings, as GitHub writes them in links."""
+    found = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in found}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    text, folder = (ROOT / page).read_text(encoding="utf-8"), (ROOT / page).parent
+    links = re.findall(r"\]\((?!http)([^)]+)\)", text) + re.findall(r'src="([^"]+)"', text)
+    assert len(links) > 10
+    for link in links:
+        path, _, heading = link.partition("#")
+        assert (folder / path).exists(), link
+        assert not heading or heading in headings(folder / path if path else ROOT / page), link
 
 
 LATENTS = {"DiT-XL/2 256": 4 * 32 * 32, "SD 2.1 768": 4 * 96 * 96, "SDXL 1024": 4 * 128 * 128}
@@ -178,17 +197,21 @@ def test_what_the_thrifty_runs_cost_follows_from_their_operations() -> None:
         assert hours == [round(count * teraflop / 40 / 3600, 1) for count in passes]
 
 
-def test_the_tables_are_those_of_their_files() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert with_tables(text) == text, "run: python -m agd_lib.readme"
+@pytest.mark.parametrize("page", PAGES)
+def test_the_tables_are_those_of_their_files(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert with_tables(text, page) == text, "run: python -m agd_lib.pages"
 
 
-def every_table(text: str) -> str:
-    return "\n".join(f"{begin}{text}{end}" for begin, end in map(marks, TABLES))
+RESULTS_PAGE = "docs/results.md"
+
+
+def every_table(text: str, page: str = RESULTS_PAGE) -> str:
+    return "\n".join(f"{begin}{text}{end}" for begin, end in map(marks, PAGES[page]))
 
 
 @pytest.mark.parametrize("harm", ["no marks", "one mark", "twice", "the other way round"])
-def test_a_readme_without_a_place_for_a_table_is_refused(harm: str) -> None:
+def test_a_page_without_a_place_for_a_table_is_refused(harm: str) -> None:
     begin, end = marks("tiny-sd21")
     harmed = {
         "no marks": every_table("").replace(begin, "").replace(end, ""),
@@ -196,25 +219,31 @@ def test_a_readme_without_a_place_for_a_table_is_refused(harm: str) -> None:
         "twice": every_table("") + begin + end,
         "the other way round": every_table("").replace(begin + end, end + begin),
     }
-    with pytest.raises(ReadmeError, match=r"tiny-sd21: begin.*once each and in this order"):
-        with_tables(harmed[harm])
+    with pytest.raises(PageError, match=r"docs/results\.md must hold .*tiny-sd21: begin.*once each and in this order"):
+        with_tables(harmed[harm], RESULTS_PAGE)
 
 
-def test_what_stood_in_a_table_is_replaced_and_what_stands_around_it_stays() -> None:
-    renewed = with_tables(f"before {every_table('OUTDATED')} after")
+@pytest.mark.parametrize("page", PAGES)
+def test_what_stood_in_a_table_is_replaced_and_what_stands_around_it_stays(page: str) -> None:
+    renewed = with_tables(f"before {every_table('OUTDATED', page)} after", page)
     assert renewed.startswith("before ") and renewed.endswith(" after") and "OUTDATED" not in renewed
-    assert with_tables(renewed) == renewed
+    assert with_tables(renewed, page) == renewed
+
+
+def test_every_file_of_results_is_told_of() -> None:
+    told = "".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
+    assert [path.name for path in (DATA / "results").glob("*.json") if path.name not in told] == []
 
 
 def test_a_damaged_file_of_results_is_named(tmp_path: Path) -> None:
     shutil.copytree(DATA / "results", tmp_path / "results")
     (tmp_path / "results" / "tiny-dit.json").write_text(json.dumps({"rows": []}))
-    with pytest.raises(ReadmeError, match=r"tiny-dit\.json is not what results_table reads"):
-        with_tables(every_table(""), tmp_path / "results")
+    with pytest.raises(PageError, match=r"tiny-dit\.json is not what results_table reads"):
+        with_tables(every_table(""), RESULTS_PAGE, tmp_path / "results")
 
 
 def test_damaged_benchmarks_are_named(tmp_path: Path) -> None:
     shutil.copytree(DATA / "results", tmp_path / "results")
     (tmp_path / "results" / "speed.json").write_text(json.dumps({"machine_info": {}, "benchmarks": []}))
-    with pytest.raises(ReadmeError, match=r"speed\.json is not what speed_table reads"):
-        with_tables(every_table(""), tmp_path / "results")
+    with pytest.raises(PageError, match=r"speed\.json is not what speed_table reads"):
+        with_tables(every_table("", "README.md"), "README.md", tmp_path / "results")
