@@ -28,8 +28,8 @@ from small_stores import random_states, write_store
 from agd_lib.attach import AdapterSet
 from agd_lib.base_models import BaseModel, base_from_pipeline, load_base
 from agd_lib.guidance import AGD
-from agd_lib.project import DATA
 from agd_lib.pages import exponent
+from agd_lib.project import DATA
 from agd_lib.sampling import endpoint, sample
 from agd_lib.scenes import caption, draw_scene
 from agd_lib.storage import write_json

@@ -18,8 +18,8 @@ import torch
 from small_text_models import build_sdxl_pipeline
 
 from agd_lib import AdapterSet, CollectionPlan, base_from_pipeline, collect, load_base
-from agd_lib.project import DATA, ROOT
 from agd_lib.pages import PAGES, PageError, marks, with_tables
+from agd_lib.project import DATA, ROOT
 from agd_lib.reproduce import declared_parameters
 
 
