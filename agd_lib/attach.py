@@ -476,7 +476,7 @@ class AdapterSet(nn.Module):
         else:
             self._conditions = self._look_up(timestep, condition, self._base.run)
 
-    @torch.compiler.disable  # it is the same for every layer and many steps: compiled, it would be compiled for each timestep
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # compiled, it would be compiled for each timestep
     def _look_up(self, timesteps: Tensor, condition: Condition, run: SamplingRun) -> LayerConditions:
         """The conditions of a step of a run: from those computed ahead, if they were computed from the same."""
         timestep = float(timesteps[0])
