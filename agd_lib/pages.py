@@ -58,8 +58,8 @@ def headline_table(path: Path) -> str:
     for name in PLANS:
         rows += read_study(path.with_name(f"{name}.json")) + restored_rows(path.with_name(f"{name}-strength.json"))
     return (
-        "Every method at that of the measured scales where its own distance is lowest, mean ± standard deviation over three seeds (*: of "
-        "noise alone, with the shipped adapters, of one training); the other scales: [docs/results.md](docs/results.md).\n\n"
+        "Each method at the measured scale where its own FD is lowest, mean ± standard deviation over three seeds of training and noise (*: the "
+        "shipped adapters, of one training, with three seeds of noise). All scales: [docs/results.md](docs/results.md).\n\n"
         f"{markdown_table(at_best_scales(rows))}"
     )
 
