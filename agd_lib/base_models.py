@@ -360,8 +360,13 @@ class BaseModel(ABC):
         return digest.hexdigest()[:32]
 
     def decoder_fingerprint(self) -> str | None:
-        """The same of the autoencoder, with its configuration. None where an autoencoder belongs to one denoiser only."""
-        return None
+        """The same of the autoencoder, with its configuration: denoisers are used with autoencoders of others. None without."""
+        if self.vae is None:
+            return None
+        digest = hashlib.sha256(_plain_config(self.vae).encode())
+        for part in _weight_sample(self.vae):
+            digest.update(part)
+        return digest.hexdigest()[:32]
 
     def _text_encoders(self) -> list[nn.Module]:
         return []
@@ -583,13 +588,6 @@ class StableDiffusionBase(BaseModel):
         """See :meth:`BaseModel.fingerprint`; of a pipeline that lacks a text encoder: ``"incomplete"``."""
         told_apart = self.device.type == "meta" or None not in self._all_text_encoders()
         return super().fingerprint() if told_apart else "incomplete"
-
-    def decoder_fingerprint(self) -> str | None:
-        """See :meth:`BaseModel.decoder_fingerprint`; text-to-image models are used with autoencoders of others."""
-        digest = hashlib.sha256(_plain_config(self.vae).encode())
-        for part in _weight_sample(self.vae):
-            digest.update(part)
-        return digest.hexdigest()[:32]
 
     def prompt_lengths(self, prompt: str) -> list[tuple[int, int]]:
         """For each text encoder: how many tokens a prompt has, start and end included, and how many are taken."""
@@ -872,7 +870,8 @@ def load_base(
             ``config``. Pickled weights are never loaded.
         ValueError: for a ``config`` where there is no single file.
     """
-    known = KNOWN_BASES.get(str(name))
+    name = _short_name(name)
+    known = KNOWN_BASES.get(name)
     source = known.source if known else str(name)
     revision = revision or (known.revision if known else None)
     is_file = Path(source).suffix in (".safetensors", *PICKLE_SUFFIXES)
@@ -885,10 +884,17 @@ def load_base(
     pipeline.set_progress_bar_config(disable=True)
     if not offload:
         pipeline.to(device)
-    base = base_from_pipeline(pipeline, str(name), None if is_file else revision)
+    base = base_from_pipeline(pipeline, name, None if is_file else revision)
     base.offload = offload
     base.denoiser.to(device)
     return base
+
+
+def _short_name(name: str | Path) -> str:
+    """The short name of a shipped model, also where its folder is named: what is shipped with it is found by that."""
+    folder = find_folder(name)
+    is_shipped = folder is not None and folder.resolve().parent == DATA and folder.name in KNOWN_BASES
+    return folder.name if folder is not None and is_shipped else str(name)
 
 
 def _load_folder_or_hub_id(source: str, dtype: torch.dtype, revision: str | None) -> Any:

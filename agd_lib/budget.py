@@ -87,6 +87,8 @@ def training_cost(
         start = time.perf_counter()
         student(latents, timestep, condition, scale).square().mean().backward()
         adapters.zero_grad()
+        if base.device.type == "cuda":  # which is only told what to do so far
+            torch.cuda.synchronize(base.device)
         seconds = time.perf_counter() - start
     return Cost(seconds * settings.num_steps)
 

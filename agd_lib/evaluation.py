@@ -1,7 +1,8 @@
-"""Measures guidance: Frechet distance, precision, recall, class accuracy, endpoint error, NFE and seconds.
+"""Measures guidance: Frechet and kernel distance, precision, recall, class accuracy, endpoint error, NFE and seconds.
 
-A Frechet distance is an FID only in Inception's features; in any other network's it is named after that network and
-never stands beside published FIDs. All distances come from clean-fid, precision and recall from torch-fidelity.
+A Frechet distance is an FID, and a kernel distance a KID, only in Inception's features; in any other network's they are named
+after that network and never stand beside published ones. Frechet distances come from clean-fid, kernel distances, precision and
+recall from torch-fidelity.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import shutil
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ from .extractor import ShapesExtractor, load_local
 from .guidance import AGD, CFG, Guidance, GuidanceInterval, Unguided
 from .results import Row, row_from_dict
 from .sampling import endpoint, generate, sample
+from .shapes import SHAPES
 from .storage import key_of, lock_folder, read_json, read_tensors, refuse_link, sha256, write_json, write_tensors
 
 
@@ -81,10 +83,13 @@ class ShapesFeatures:
         self.device = device
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, conditions: Sequence[int] | None = None) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, images: Tensor, conditions: Sequence[int | str] | None = None) -> tuple[Tensor, Tensor | None]:
         output = self.model(images.to(self.device) * 2 - 1)
         seen = output.logits.argmax(dim=1).cpu()
-        return output.features.cpu(), None if conditions is None else seen == torch.as_tensor(conditions)
+        if conditions is None:
+            return output.features.cpu(), None
+        asked = [SHAPES.index(label) if isinstance(label, str) else int(label) for label in conditions]
+        return output.features.cpu(), seen == torch.tensor(asked)
 
 
 INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
@@ -227,13 +232,17 @@ def save_reference(path: Path, features: Tensor, extractor_name: str) -> None:
     write_tensors(path, {"features": features}, metadata={"extractor": extractor_name})
 
 
-def load_reference(path: str | Path, extractor: FeatureExtractor, num_images: int | None = None) -> Reference:
+def load_reference(
+    path: str | Path, extractor: FeatureExtractor, num_images: int | None = None, keep: str | Path | None = None
+) -> Reference:
     """Load a reference.
 
     Args:
         path: a safetensors file of features (:func:`save_reference`), an ``.npz`` file with ``mu`` and ``sigma``
             (statistics made by clean-fid with the same extractor), or a folder of real images.
         num_images: use so many images of a folder, evenly spread over its sorted paths (so over its classes too).
+        keep: a folder. What is computed of a folder of images is kept there, and read while extractor and files (their names,
+            sizes and times) are the same.
 
     Raises:
         EvaluationError: if it is missing, empty, malformed, of another extractor, or of too few images.
@@ -249,7 +258,7 @@ def load_reference(path: str | Path, extractor: FeatureExtractor, num_images: in
     else:
         try:
             if path.is_dir():
-                reference = _reference_of_folder(path, extractor, num_images)
+                reference = _reference_of_folder(path, extractor, num_images, None if keep is None else Path(keep))
             else:
                 reference = reference_from_features(extractor.name, _read_features(path, extractor))
         except ValueError as error:
@@ -283,9 +292,9 @@ def _spread(count: int, wanted: int) -> list[int]:
     return [i * count // wanted for i in range(wanted)]
 
 
-def _reference_of_folder(folder: Path, extractor: FeatureExtractor, num_images: int | None) -> Reference:
-    from PIL import Image
-
+def _reference_of_folder(
+    folder: Path, extractor: FeatureExtractor, num_images: int | None, keep: Path | None
+) -> Reference:
     suffixes = {".png", ".jpg", ".jpeg", ".webp"}
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in suffixes)
     if not paths:
@@ -293,21 +302,43 @@ def _reference_of_folder(folder: Path, extractor: FeatureExtractor, num_images: 
             f"{folder} holds no images ({', '.join(sorted(suffixes))}); expected a folder of real images"
         )
     paths = [paths[i] for i in _spread(len(paths), num_images or len(paths))]
+    files = [[p.relative_to(folder).as_posix(), p.stat().st_size, p.stat().st_mtime_ns] for p in paths]
+    file = keep and keep / f"reference-{key_of([extractor.name, files])}.safetensors"
+    if file is not None and file.is_file():
+        found = read_tensors(file, EvaluationError, "reference's statistics")
+        if found.keys() != {"mean", "covariance", "features"}:
+            raise EvaluationError(f"the reference's statistics {file} are damaged: remove it")
+        return Reference(extractor.name, found["mean"].numpy(), found["covariance"].numpy(), found["features"])
     kept_numbers = set(_spread(len(paths), KEPT_FEATURES))
-    running, kept, pending = RunningStatistics(), [], []
-    for number, path in enumerate(tqdm(paths, desc="reference")):
+    running, kept = RunningStatistics(), []
+    for images in _images(tqdm(paths, desc="reference")):
+        features = extractor(images)[0]
+        kept += [one for number, one in enumerate(features, running.count) if number in kept_numbers]
+        running.add(features)
+    reference = Reference(extractor.name, *running.result(), torch.stack(kept))
+    if file is not None and reference.features is not None:
+        statistics = {"mean": torch.from_numpy(reference.mean), "covariance": torch.from_numpy(reference.covariance)}
+        write_tensors(file, statistics | {"features": reference.features})
+    return reference
+
+
+def _images(paths: Iterable[Path], at_once: int = 32) -> Iterator[Tensor]:
+    """Images (B, 3, H, W) in [0, 1], in order: as many at once as follow each other in one size."""
+    from PIL import Image
+
+    pending: list[Tensor] = []
+    for path in paths:
         try:
-            with Image.open(path) as image:
-                pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
+            with Image.open(path) as file:
+                pixels = np.asarray(file.convert("RGB"), dtype=np.float32) / 255
         except OSError as error:  # also what PIL raises for damaged images
             raise EvaluationError(f"the image {path} is damaged: {error}") from error
-        pending.append(extractor(torch.from_numpy(pixels).permute(2, 0, 1)[None])[0])
-        if number in kept_numbers:
-            kept.append(pending[-1])
-        if len(pending) == 64 or number == len(paths) - 1:
-            running.add(torch.cat(pending))
+        image = torch.from_numpy(pixels).permute(2, 0, 1)
+        if pending and (len(pending) == at_once or image.shape != pending[0].shape):
+            yield torch.stack(pending)
             pending = []
-    return Reference(extractor.name, *running.result(), torch.cat(kept))
+        pending.append(image)
+    yield torch.stack(pending)
 
 
 def frechet_distance(
@@ -348,6 +379,32 @@ def _in_turn(base: BaseModel, conditions: Sequence[Any] | None, count: int) -> l
     return [known[i % len(known)] for i in range(count)]
 
 
+def kernel_distance(
+    features: Tensor, reference_features: Tensor, subsets: int = 100, subset_size: int = 1_000
+) -> float:
+    """Kernel distance (Binkowski et al., ICLR 2018), by torch-fidelity: a KID in Inception's features.
+
+    The unbiased estimate of the squared maximum mean discrepancy with the kernel ``(x . y / D + 1)^3``, the mean over random
+    subsets. Unlike a Frechet distance it does not fall with the number of images, and may come out slightly negative.
+
+    Args:
+        features: generated, (N, D). reference_features: real, (M, D).
+        subset_size: of either; at most N and M are taken.
+    """
+    from torch_fidelity.metric_kid import kid_features_to_metric
+
+    size = min(subset_size, len(features), len(reference_features))
+    metrics = kid_features_to_metric(
+        features.double(),
+        reference_features.double(),
+        kid_subsets=subsets,
+        kid_subset_size=size,
+        rng_seed=0,
+        verbose=False,
+    )
+    return float(metrics["kernel_inception_distance_mean"])
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """A row of results, and the final latents (n, C, H, W) that it was measured on."""
@@ -364,7 +421,7 @@ def evaluate(
     n: int,
     seed: int = 0,
     num_inference_steps: int = 20,
-    batch_size: int = 250,
+    batch_size: int | None = None,
     unguided_latents: Tensor | None = None,
     cfg_latents: Tensor | None = None,
     max_reference: int = 5_000,
@@ -380,10 +437,11 @@ def evaluate(
     Args:
         reference: made with the same extractor.
         n: more than ``extractor.feature_dim``.
+        batch_size: images at once; None: as many as have a million pixels, but at most 250.
         unguided_latents, cfg_latents: final latents of those guidances from the same seed; with both, the row has an
             endpoint error ratio (None where the two agree, as at scale 1).
-        max_reference: reference images used for precision and recall, evenly spread (their cost grows with n times
-            this).
+        max_reference: reference images used for precision, recall and kernel distance, evenly spread (their cost grows
+            with n times this).
         keep: a folder. What is measured is kept there, and read instead of measured again while everything that it
             depends on (weights, samples, reference, library arguments) is the same. So is every batch until the measurement
             is whole: one that was interrupted goes on with its next batch.
@@ -403,6 +461,7 @@ def evaluate(
         raise ValueError(
             f"got n = {n}, expected more than {extractor.feature_dim} samples for {extractor.name}'s features"
         )
+    batch_size = batch_size or min(250, base.images_at_once)
     own_conditions = conditions is not None
     conditions = _in_turn(base, conditions, n)
     kind, adapter, scale, adapter_parameters = describe(guidance)
@@ -446,11 +505,11 @@ def evaluate(
         final, all_features = (torch.cat([part[name] for part in parts]) for name in ("latents", "features"))
         shown = [part["shown"] for part in parts if "shown" in part]
         passes, seconds = (sum(float(part[name]) for part in parts) for name in ("passes", "seconds"))
-        precision = recall = accuracy = ratio = None
+        precision = recall = accuracy = ratio = kd = None
         if reference.features is not None:
-            precision, recall = precision_recall(
-                all_features, reference.features[_spread(len(reference.features), max_reference)]
-            )
+            real = reference.features[_spread(len(reference.features), max_reference)]
+            precision, recall = precision_recall(all_features, real)
+            kd = kernel_distance(all_features, real)
         if shown:
             accuracy = torch.cat(shown).double().mean().item()
         if (
@@ -477,6 +536,7 @@ def evaluate(
             seconds_per_image=seconds / n,
             base_parameters=base.num_parameters(),
             adapter_parameters=adapter_parameters,
+            kd=kd,
         )
         if batches is not None:
             if processes.is_main_process:
@@ -548,19 +608,18 @@ def _inputs(
         special["interval"] = [schedule.low, schedule.high]
     if isinstance(guidance, AGD) and guidance.adapters.config.strength:
         special["strength"] = list(guidance.adapters.config.strength)
-    return (
-        special
-        | {
-            "base": base.fingerprint(),
-            "scheduler": _digest(sorted(f"{k}={v}" for k, v in base.scheduler.config.items() if not k.startswith("_"))),
-            "guidance": [kind, scale, getattr(guidance, "guided_channels", None)],
-            "adapters": _digest(guidance.adapters.state_dict().values()) if isinstance(guidance, AGD) else None,
-            "samples": list(samples),
-            "reference": [reference.extractor, max_reference, _digest([reference.mean, reference.covariance])],
-            "latents": [None if given is None else _digest([given]) for given in latents],
-        }
-        | ({} if base.decoder_fingerprint() is None else {"decoder": base.decoder_fingerprint()})
-    )
+    if type(guidance) not in (Unguided, CFG, AGD):  # somebody's own
+        special["class"] = f"{type(guidance).__module__}.{type(guidance).__qualname__}"
+    return special | {
+        "base": base.fingerprint(),
+        "decoder": base.decoder_fingerprint(),
+        "scheduler": _digest(sorted(f"{k}={v}" for k, v in base.scheduler.config.items() if not k.startswith("_"))),
+        "guidance": [kind, scale, getattr(guidance, "guided_channels", None)],
+        "adapters": _digest(guidance.adapters.state_dict().values()) if isinstance(guidance, AGD) else None,
+        "samples": list(samples),
+        "reference": [reference.extractor, max_reference, _digest([reference.mean, reference.covariance])],
+        "latents": [None if given is None else _digest([given]) for given in latents],
+    }
 
 
 def _digest(parts: Iterable[Any]) -> str:

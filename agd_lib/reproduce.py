@@ -92,6 +92,9 @@ class Notebook:
     makes: tuple[str, ...] = ()
 
 
+PRODUCTS = ("adapters", "results.json")
+"""Of what notebooks make that what must be there for them to count as finished. Stores may be removed to make room."""
+
 _MADE_IN_TRAINING = ("trajectories", "held-out-trajectories", "checkpoints", "adapters")
 
 
@@ -228,17 +231,30 @@ def notebook_inputs(
         needed: inputs of the notebooks that it needs.
     """
     cells = [[cell.cell_type, cell.source] for cell in _read_notebook(path).cells]
-    # reproduce.py and report.py only run notebooks and show what came of it
-    library = [p for p in sorted(Path(__file__).parent.glob("*.py")) if p.name not in ("reproduce.py", "report.py")]
+    files = [repository_path(str(parameters[name])) for name in FILES if parameters.get(name)]
     return {
         "the notebook's cells": _digest(cells),
         "its parameters": _digest(parameters),
-        "the library": _digest([[p.name, sha256(p)] for p in library]),
+        "the files that it is given": _digest([_manifest(file) for file in files]),
+        "the library": _library(),
         "torch or diffusers": _digest([version("torch"), version("diffusers")]),
         "the base model": _digest(_data_manifest(base)),
         "the shipped table": _digest(sha256(table) if (table := DATA / "results" / f"{base}.json").is_file() else None),
         "what it needs": _digest(needed),
     }
+
+
+def _library() -> str:
+    # reproduce.py and report.py only run notebooks and show what came of it, pages.py only writes tables
+    others = ("reproduce.py", "report.py", "pages.py")
+    files = [p for p in sorted(Path(__file__).parent.glob("*.py")) if p.name not in others]
+    return _digest([[p.name, sha256(p)] for p in files])
+
+
+def _manifest(path: Path) -> list[list[str | int]]:
+    """A file, or every file in a folder, by name, size and time; nothing if it is neither (a word such as ``coco``)."""
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path] * path.is_file()
+    return [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
 
 
 def _digest(value: Any) -> str:
@@ -530,7 +546,7 @@ def reproduce(
     _check_files(profile)
     _announce(profile, run, len(chosen))
     _lock = lock_folder(run)  # held until this function ends
-    folder = find_folder(profile.base)
+    folder = None if profile.base in KNOWN_BASES else find_folder(profile.base)
     base = str(folder.resolve()) if folder else profile.base
     given = {"base_name": base, "run_dir": display_path(run)}
     inputs: dict[str, dict[str, str]] = {}
@@ -640,7 +656,10 @@ def _run_or_skip(
     finished = run / "notebooks" / f"{notebook.name}.ipynb"
     started = run / "notebooks" / f"{notebook.name}.started.json"
     note = _finished_with(finished)
-    if note and note["inputs"] == inputs and not force:
+    lost = [name for name in (note or {}).get("products", []) if not (run / name).exists()]
+    if lost:
+        _say(f"{label}: again, because what it had made is not there any more: {', '.join(lost)}")
+    if note and note["inputs"] == inputs and not force and not lost:
         _say(f"{label}: finished before, nothing changed since")
         return Outcome(notebook.name, note["seconds"], note["peak_memory_mib"], ran=False)
     before = json.loads(started.read_text()) if started.is_file() else None
@@ -660,7 +679,13 @@ def _run_or_skip(
     seconds = time.monotonic() - start
     memory = int(executed.metadata[NOTE]["peak_memory_mib"])
     strip_widgets(executed)
-    executed.metadata[NOTE] = {"inputs": inputs, "seconds": seconds, "peak_memory_mib": memory}
+    products = [name for name in PRODUCTS if name in notebook.makes and (run / name).exists()]
+    executed.metadata[NOTE] = {
+        "inputs": inputs,
+        "seconds": seconds,
+        "peak_memory_mib": memory,
+        "products": products,
+    }
     _write_notebook(finished, executed)
     partial.unlink()
     _say(f"{label}: done in {format_seconds(seconds)}")
@@ -716,6 +741,15 @@ def merge_results(root: Path) -> list[Row]:
     return rows
 
 
+def outdated(root: Path) -> list[str]:
+    """Names of the base models whose rows in ``root`` were measured by another version of the library."""
+    notes = {
+        path.parent: _finished_with(path.parent / "notebooks" / "06_evaluate_fid.ipynb")
+        for path in root.glob("*/results.json")
+    }
+    return sorted(run.name for run, note in notes.items() if note and note["inputs"].get("the library") != _library())
+
+
 def _say(text: str) -> None:
     print(text, flush=True)
 
@@ -761,6 +795,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for outcome in outcomes:
         _say(f"{outcome.name:32} {format_seconds(outcome.seconds):>8} {outcome.peak_memory_mib:>7,} MiB of memory")
     _say("\n" + (markdown_table(rows) if rows else "No results yet: notebook 06 measures them."))
+    for name in outdated(root):
+        _say(
+            f"\nNote: the rows of {name} were measured by another version of this library; --base {name} measures them again."
+        )
     if rows:
         _say(f"\nresults  {display_path(root / 'results.json')}")
     _say(f"report   {display_path(report)}")

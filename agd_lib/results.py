@@ -40,6 +40,8 @@ class Row:
         endpoint_mse_ratio: MSE(this, CFG) / MSE(unguided, CFG) over final latents from the same noise.
         seconds_per_image: wall-clock of sampling, without decoding.
         base_parameters, adapter_parameters: counts.
+        kd: kernel distance to the reference in the same features (a KID only for Inception); rows of older versions have
+            none.
     """
 
     base: str
@@ -59,6 +61,7 @@ class Row:
     seconds_per_image: float
     base_parameters: int
     adapter_parameters: int | None
+    kd: float | None = None
 
     def __post_init__(self) -> None:
         if self.guidance not in ("unguided", "cfg", "agd"):
@@ -87,7 +90,7 @@ def write_results(path: str | Path, rows: Iterable[Row]) -> None:
 
 def row_from_dict(value: Any, origin: str) -> Row:
     """Build a row from parsed JSON; raises :class:`ResultsError` naming what is wrong."""
-    value = dict(value) if isinstance(value, dict) else value
+    value = {"kd": None} | value if isinstance(value, dict) else value
     names = {field.name for field in fields(Row)}
     if not isinstance(value, dict) or value.keys() != names:
         found = sorted(value) if isinstance(value, dict) else type(value).__name__
@@ -139,7 +142,7 @@ class Summary:
     deviation: dict[str, float | None]
 
 
-MEASURES = ("fd", "precision", "recall", "condition_accuracy", "endpoint_mse_ratio", "seconds_per_image")
+MEASURES = ("fd", "kd", "precision", "recall", "condition_accuracy", "endpoint_mse_ratio", "seconds_per_image")
 
 
 def summarise(rows: Sequence[Row]) -> list[Summary]:
@@ -198,21 +201,21 @@ def cell(mean: float | None, deviation: float | None, digits: int) -> str:
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table, mean ± standard deviation over seeds; rows of several bases name theirs.
+    """The rows as a Markdown table, mean ± standard deviation over seeds; rows of several bases name theirs, and kernel
+    distances have a column if there are any.
 
     Seconds are left out: those of separate runs drift with the machine, speed is measured side by side elsewhere.
     """
-    several = len({row.base for row in rows}) > 1
-    lines = [
-        "| method | scale | NFE | FD | precision | recall | accuracy | endpoint error | n x seeds |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    several, with_kd = len({row.base for row in rows}) > 1, any(row.kd is not None for row in rows)
+    names = ["method", "scale", "NFE", "FD", *["KD"] * with_kd, "precision", "recall", "accuracy", "endpoint error"]
+    lines = ["| " + " | ".join([*names, "n x seeds"]) + " |", "|---" * (len(names) + 1) + "|"]
     for s in summarise(rows):
         values = [
             f"{s.base}: {s.method}" if several else s.method,
             f"{s.scale:g}",
             f"{s.nfe:g}",
             cell(s.mean["fd"], s.deviation["fd"], 3),
+            *[cell(s.mean["kd"], s.deviation["kd"], 4)] * with_kd,
             cell(s.mean["precision"], s.deviation["precision"], 3),
             cell(s.mean["recall"], s.deviation["recall"], 3),
             cell(s.mean["condition_accuracy"], s.deviation["condition_accuracy"], 3),

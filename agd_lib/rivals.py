@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any, cast
 
 import torch
@@ -409,10 +410,12 @@ def comparison_table(outcomes: Sequence[Outcome], others: Sequence[Row]) -> str:
         "| way | trained parameters | w | NFE | endpoint error | FD | accuracy | base model moved |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    moved = {(found.row.adapter, found.row.scale): found.base_moved for found in outcomes}  # of the last seed
     for summary in summarise([*others, *(found.row for found in outcomes)]):
         name = summary.method.removeprefix("agd ")
         mine = [found.row for found in outcomes if found.row.adapter == name]
+        moved = [
+            found.base_moved for found in outcomes if (found.row.adapter, found.row.scale) == (name, summary.scale)
+        ]
         cells = [
             f"{name} (AGD)" if name == "modulated" else name,
             f"{mine[0].adapter_parameters:,}" if mine else "-",
@@ -422,7 +425,7 @@ def comparison_table(outcomes: Sequence[Outcome], others: Sequence[Row]) -> str:
                 cell(summary.mean[measure], summary.deviation[measure], 3)
                 for measure in ("endpoint_mse_ratio", "fd", "condition_accuracy")
             ),
-            f"{moved[name, summary.scale]:.3g}" if mine else "-",
+            cell(fmean(moved), stdev(moved) if len(moved) > 1 else None, 3) if any(moved) else "0" if moved else "-",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

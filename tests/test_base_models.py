@@ -45,6 +45,13 @@ def test_known_names_are_pinned_where_the_default_would_be_pickled() -> None:
     assert Path(KNOWN_BASES["tiny-dit"].source).is_absolute()
 
 
+def test_a_shipped_model_has_its_short_name_however_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is shipped with it (adapters, extractor, reference) is found by that name."""
+    monkeypatch.chdir(project.DATA)
+    names = ["tiny-dit", "./tiny-dit", "data/tiny-dit", project.DATA / "tiny-dit", str(project.DATA / "tiny-dit")]
+    assert [load_base(name).name for name in names] == ["tiny-dit"] * 5
+
+
 @pytest.mark.parametrize("name", ["dit-xl-3-256", "", "./nowhere", "/no/such", "~/model", "a/b/c"])
 def test_unknown_names_are_refused_without_a_network(name: str) -> None:
     with pytest.raises(

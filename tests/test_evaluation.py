@@ -37,6 +37,7 @@ from agd_lib.evaluation import (
     endpoint_mse_ratio,
     evaluate,
     frechet_distance,
+    kernel_distance,
     load_reference,
     precision_recall,
     reference_from_features,
@@ -47,7 +48,9 @@ from agd_lib.evaluation import (
 )
 from agd_lib.extractor import ShapesExtractor
 from agd_lib.guidance import AGD, CFG, GuidanceInterval, Unguided
+from agd_lib.project import DATA
 from agd_lib.results import row_from_dict
+from agd_lib.shapes import SHAPES
 from agd_lib.storage import sha256
 
 
@@ -97,6 +100,44 @@ def test_frechet_distance_equals_torch_fidelitys() -> None:
     found = frechet_distance(*statistics(one), *statistics(two))
     assert found == pytest.approx(expected["frechet_inception_distance"], rel=1e-6)
     assert found > 1
+
+
+@pytest.mark.parametrize("name", ["tiny-dit", "tiny-sd21"])
+def test_distances_of_real_features_equal_a_second_librarys(name: str) -> None:
+    features = load_file(DATA / name / "reference.safetensors")["features"].double()
+    one, two = features[::2][:1000], features[1::2][:1000]
+    expected = fid_statistics_to_metric(fid_features_to_statistics(one), fid_features_to_statistics(two), False)
+    found = frechet_distance(*statistics(one), *statistics(two))
+    assert found == pytest.approx(expected["frechet_inception_distance"], rel=1e-6)
+    # of all features of either at once clean-fid's kernel distance depends on no random choice either
+    expected = cleanfid.fid.kernel_distance(one.numpy(), two.numpy(), num_subsets=1, max_subset_size=1000)
+    assert kernel_distance(one, two, subsets=1) == pytest.approx(expected, rel=1e-6)
+
+
+def test_kernel_distance_follows_its_definition_and_equals_clean_fids() -> None:
+    one, two = normal(60, 5), 1.5 * normal(60, 5, seed=1) + 0.3
+
+    def kernel(x: Tensor, y: Tensor) -> float:
+        return (float(x @ y) / 5 + 1) ** 3
+
+    def within(points: Tensor) -> float:
+        pairs = [kernel(x, y) for i, x in enumerate(points) for j, y in enumerate(points) if i != j]
+        return sum(pairs) / len(pairs)
+
+    between = [kernel(x, y) for x in one for y in two]
+    expected = within(one) + within(two) - 2 * sum(between) / len(between)
+    assert kernel_distance(one, two, subsets=1) == pytest.approx(expected, rel=1e-9)
+    assert kernel_distance(one, two, subsets=3) == pytest.approx(
+        expected, rel=1e-9
+    )  # a subset of 60 of 60 is all of them
+    theirs = cleanfid.fid.kernel_distance(one.numpy(), two.numpy(), num_subsets=1)
+    assert kernel_distance(one, two, subsets=1) == pytest.approx(theirs, rel=1e-6)
+
+
+def test_kernel_distance_is_unbiased_deterministic_and_of_any_two_counts() -> None:
+    one, two = normal(400, 8), normal(900, 8, seed=1)
+    assert abs(kernel_distance(one, two)) < 0.01 < kernel_distance(one + 1, two)
+    assert kernel_distance(one, two, subset_size=50) == kernel_distance(one, two, subset_size=50)
 
 
 def test_statistics_are_mean_and_unbiased_covariance() -> None:
@@ -360,6 +401,10 @@ def test_what_was_measured_is_kept_and_read_while_nothing_changed(
     assert [passes(CFG(2.0)), passes(CFG(3.0))] == [8 * N, 0]  # each has a place of its own
     assert [passes(CFG(3.0), n=N + 1), passes(CFG(3.0))] == [8 * (N + 1), 8 * N]
     assert passes(CFG(3.0, guided_channels=3)) == 8 * N
+    assert passes(type("Own", (CFG,), {})(3.0, guided_channels=3)) == 8 * N  # which may predict something else
+    with torch.no_grad():
+        next(dit_base.pipeline.vae.decoder.parameters()).add_(0.01)
+    assert passes(CFG(3.0, guided_channels=3)) == 8 * N  # the same latents, decoded to other images
     assert [passes(AGD(adapters, 3.0), **both), passes(AGD(adapters, 3.0), **both)] == [4 * N, 0]
     assert passes(AGD(adapters, 3.0)) == 4 * N  # compared with nothing: another measurement
     with torch.no_grad():
@@ -496,9 +541,9 @@ def direct_features(folder: Path) -> Tensor:
 def test_a_folder_of_images_equals_direct_statistics(images: Path) -> None:
     (images / "notes.txt").write_text("not an image")
     reference, features = load_reference(images, MeanColours()), direct_features(images)
-    assert reference.features is not None and torch.equal(reference.features, features)
-    np.testing.assert_allclose(reference.mean, features.double().numpy().mean(axis=0), rtol=1e-12)
-    np.testing.assert_allclose(reference.covariance, np.cov(features.double().numpy().T), rtol=1e-9)
+    torch.testing.assert_close(reference.features, features)
+    np.testing.assert_allclose(reference.mean, features.double().numpy().mean(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(reference.covariance, np.cov(features.double().numpy().T), rtol=1e-4)
     assert reference.extractor == "mean-colours"
 
 
@@ -508,16 +553,66 @@ def test_features_of_a_large_folder_are_thinned_but_its_statistics_are_whole(
     whole = load_reference(images, MeanColours())
     monkeypatch.setattr("agd_lib.evaluation.KEPT_FEATURES", 5)
     thinned = load_reference(images, MeanColours())
-    assert thinned.features is not None and torch.equal(thinned.features, direct_features(images)[::2])
+    torch.testing.assert_close(thinned.features, direct_features(images)[::2])
     np.testing.assert_array_equal(thinned.covariance, whole.covariance)
 
 
 def test_some_images_of_a_folder_are_spread_over_it(images: Path) -> None:
     reference = load_reference(images, MeanColours(), num_images=8)
-    assert reference.features is not None
-    assert torch.equal(reference.features, direct_features(images)[[0, 1, 2, 3, 5, 6, 7, 8]])
+    torch.testing.assert_close(reference.features, direct_features(images)[[0, 1, 2, 3, 5, 6, 7, 8]])
     everything = load_reference(images, MeanColours(), num_images=99).features
     assert everything is not None and len(everything) == 10
+
+
+def test_images_of_one_size_are_looked_at_together(tmp_path: Path) -> None:
+    seen: list[tuple[int, ...]] = []
+
+    class Watched(MeanColours):
+        def __call__(self, images: Tensor, conditions: Any = None) -> tuple[Tensor, Tensor | None]:
+            seen.append(tuple(images.shape))
+            return super().__call__(images, conditions)
+
+    sizes = [8] * 40 + [9] * 3 + [8]
+    for number, size in enumerate(sizes):
+        pixels = np.random.default_rng(number).integers(0, 256, (size, size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number:02d}.png")
+    found = load_reference(tmp_path, Watched()).features
+    assert [(shape[0], shape[-1]) for shape in seen] == [(32, 8), (8, 8), (3, 9), (1, 8)]
+    torch.testing.assert_close(found, direct_features(tmp_path))
+
+
+def test_statistics_of_a_folder_are_kept_until_an_image_changes(images: Path, tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    class Watched(MeanColours):
+        def __call__(self, images: Tensor, conditions: Any = None) -> tuple[Tensor, Tensor | None]:
+            calls.append(len(images))
+            return super().__call__(images, conditions)
+
+    class Another(Watched):
+        name = "another"
+
+    folder, kept = tmp_path / "images", tmp_path / "kept"
+    shutil.copytree(images, folder)
+    first = load_reference(folder, Watched(), keep=kept)
+    looked_at = len(calls)
+    again = load_reference(folder, Watched(), keep=kept)
+    assert len(calls) == looked_at > 0
+    assert again.features is not None and first.features is not None and torch.equal(again.features, first.features)
+    np.testing.assert_array_equal(again.covariance, first.covariance)
+    np.testing.assert_array_equal(again.mean, first.mean)
+    for change in (
+        lambda: load_reference(folder, Watched(), num_images=8, keep=kept),
+        lambda: load_reference(folder, Another(), keep=kept),
+        lambda: (os.utime(next(folder.rglob("*.png")), (1, 1)), load_reference(folder, Watched(), keep=kept)),
+    ):
+        before = len(calls)
+        change()
+        assert len(calls) > before
+    for path in kept.iterdir():
+        save_file({"mean": torch.zeros(6)}, path)
+    with pytest.raises(EvaluationError, match="damaged: remove it"):
+        load_reference(folder, Watched(), keep=kept)
 
 
 def test_statistics_in_an_npz_equal_the_folder(images: Path, tmp_path: Path) -> None:
@@ -734,6 +829,8 @@ def test_the_shapes_extractor_sees_images_in_minus_one_to_one(tmp_path: Path) ->
     torch.testing.assert_close(features, output.features, rtol=1e-3, atol=1e-4)
     assert shown is not None and shown.tolist() == [True, False, True]
     assert extractor(pixels.float() / 255)[1] is None
+    named = [SHAPES[label] for label in seen]
+    assert extractor(pixels.float() / 255, named)[1].tolist() == [True, True, True]  # type: ignore[union-attr]
     assert (extractor.name, extractor.feature_dim) == ("shapes-extractor", 16)
 
 

@@ -38,6 +38,7 @@ from agd_lib.reproduce import (
     load_profile,
     main,
     merge_results,
+    outdated,
     reproduce,
     shrink_pictures,
     strip_execution,
@@ -132,6 +133,38 @@ def test_only_runs_what_is_needed_and_force_repeats(tmp_path: Path, notebooks: P
     assert not executed.is_file()  # it was made from older results of the first
     with pytest.raises(ReproduceError, match="got 9, expected the beginning of one of: 01_first, 02_second"):
         reproduce(profile(), LANE, root, notebooks, only=["9"])
+
+
+def test_a_file_that_a_notebook_is_given_counts_with_what_is_in_it(tmp_path: Path, notebooks: Path) -> None:
+    toy(notebooks, "01_first", parameters='size: int = 1\nreference: str = ""')
+    root, folder = tmp_path / "runs", tmp_path / "images"
+    folder.mkdir()
+    (folder / "1.png").write_text("one")
+
+    def ran() -> list[bool]:
+        return [outcome.ran for outcome in reproduce(profile(reference=str(folder)), LANE, root, notebooks)]
+
+    assert ran() == [True, True]
+    assert ran() == [False, False]
+    (folder / "1.png").write_text("another")
+    assert ran() == [True, True]
+    (folder / "2.png").write_text("two")
+    assert ran() == [True, True]
+    assert ran() == [False, False]
+
+
+def test_a_notebook_whose_product_is_gone_is_not_finished(
+    tmp_path: Path, notebooks: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    toy(notebooks, "01_first", "(run / 'adapters').mkdir(exist_ok=True); (run / 'store').mkdir(exist_ok=True)")
+    lane = (Notebook("01_first", makes=("adapters", "store")), LANE[1])
+    root = tmp_path / "runs"
+    reproduce(profile(), lane, root, notebooks)
+    (root / "toy" / "store").rmdir()  # to make room
+    assert [outcome.ran for outcome in reproduce(profile(), lane, root, notebooks)] == [False, False]
+    (root / "toy" / "adapters").rmdir()
+    assert reproduce(profile(), lane, root, notebooks)[0].ran
+    assert "what it had made is not there any more: adapters" in capsys.readouterr().out
 
 
 def test_products_are_cleared_when_inputs_change_and_kept_when_they_do_not(tmp_path: Path, notebooks: Path) -> None:
@@ -431,6 +464,17 @@ def test_results_of_all_base_models_are_merged(tmp_path: Path) -> None:
     write_results(tmp_path / "b" / "results.json", [row("b"), row("b", "agd")])
     assert [(r.base, r.guidance) for r in merge_results(tmp_path)] == [("a", "cfg"), ("b", "cfg"), ("b", "agd")]
     assert merge_results(tmp_path) == read_results(tmp_path / "results.json")
+
+
+def test_rows_of_another_version_of_the_library_are_told_of(tmp_path: Path, notebooks: Path) -> None:
+    toy(notebooks, "06_evaluate_fid")
+    root, lane = tmp_path / "runs", (Notebook("06_evaluate_fid", makes=("results.json",)),)
+    reproduce(profile(), lane, root, notebooks)
+    write_results(root / "toy" / "results.json", [row()])
+    assert outdated(root) == []
+    executed = root / "toy" / "notebooks" / "06_evaluate_fid.ipynb"
+    executed.write_text(executed.read_text().replace(module._library(), "0" * 16))
+    assert outdated(root) == ["toy"]
 
 
 def test_the_report_is_one_page_that_needs_nothing_else(tmp_path: Path, notebooks: Path) -> None:

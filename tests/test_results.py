@@ -78,6 +78,7 @@ def test_the_file_is_a_list_of_objects_with_the_agreed_keys(tmp_path: Path) -> N
             "recall",
         ),
         *("condition_accuracy", "endpoint_mse_ratio", "seconds_per_image", "base_parameters", "adapter_parameters"),
+        "kd",
     ]
     assert value["adapter"] is None and value["scale"] == 2.0
 
@@ -137,7 +138,22 @@ def test_whole_numbers_serve_as_floats() -> None:
         row_from_dict(asdict(CFG_ROW) | {"fd": 10**400}, "here")
 
 
-@pytest.mark.parametrize("name", list(asdict(CFG_ROW)))
+def test_rows_of_older_versions_have_no_kernel_distance() -> None:
+    value = asdict(replace(CFG_ROW, kd=0.5))
+    assert row_from_dict(value, "here").kd == 0.5
+    del value["kd"]
+    assert row_from_dict(value, "here") == replace(CFG_ROW, kd=None)
+
+
+def test_kernel_distances_have_a_column_where_there_are_any() -> None:
+    assert "KD" not in markdown_table([CFG_ROW])
+    table = markdown_table([replace(CFG_ROW, kd=0.5), replace(CFG_ROW, kd=0.7, seed=1)])
+    head, line, values = table.splitlines()
+    assert head.count("|") == line.count("|") == values.count("|")
+    assert values.split("|")[head.split("|").index(" KD ")].strip() == "0.6000 ± 0.1414"
+
+
+@pytest.mark.parametrize("name", [name for name in asdict(CFG_ROW) if name != "kd"])
 def test_every_key_is_needed_and_no_other(name: str) -> None:
     value = asdict(CFG_ROW)
     del value[name]
