@@ -380,7 +380,7 @@ def _in_turn(base: BaseModel, conditions: Sequence[Any] | None, count: int) -> l
 
 
 def kernel_distance(
-    features: Tensor, reference_features: Tensor, subsets: int = 100, subset_size: int = 1_000
+    features: Tensor, reference_features: Tensor, subsets: int = 20, subset_size: int = 1_000
 ) -> float:
     """Kernel distance (Binkowski et al., ICLR 2018), by torch-fidelity: a KID in Inception's features.
 
