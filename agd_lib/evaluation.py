@@ -379,9 +379,7 @@ def _in_turn(base: BaseModel, conditions: Sequence[Any] | None, count: int) -> l
     return [known[i % len(known)] for i in range(count)]
 
 
-def kernel_distance(
-    features: Tensor, reference_features: Tensor, subsets: int = 20, subset_size: int = 1_000
-) -> float:
+def kernel_distance(features: Tensor, reference_features: Tensor, subsets: int = 20, subset_size: int = 1_000) -> float:
     """Kernel distance (Binkowski et al., ICLR 2018), by torch-fidelity: a KID in Inception's features.
 
     The unbiased estimate of the squared maximum mean discrepancy with the kernel ``(x . y / D + 1)^3``, the mean over random

@@ -135,13 +135,22 @@ def generate(
     Sample i starts from the noise ``sample_seed(seed, first + i)``, whatever the batch size.
 
     Args:
-        conditions: one per sample, as ``base.encode`` takes them. The scale of ``guidance`` must serve any batch: a
-            number or a schedule.
+        conditions: one per sample, as ``base.encode`` takes them.
+        guidance: its scale must serve any batch: a number or a schedule. One number for each sample is for one batch alone.
         batch_size: images at once; None: :attr:`~agd_lib.base_models.BaseModel.images_at_once`, at most 128.
         progress: label of a progress bar; None for none.
         first: number of the first sample, where these are a part of more.
+
+    Raises:
+        ValueError: if the guidance has a scale for each sample, and there are several batches.
     """
     batch_size = batch_size or min(128, base.images_at_once)
+    scale = getattr(guidance, "scale", None)
+    if isinstance(scale, Tensor) and scale.ndim > 0 and len(conditions) > batch_size:
+        raise ValueError(
+            f"got a guidance scale of shape {tuple(scale.shape)} for {len(conditions)} samples in batches of {batch_size}: every batch "
+            "would be given the same scales. Call generate for each batch, with its own scales and `first`"
+        )
     starts = range(0, len(conditions), batch_size)
     for start in tqdm(starts, desc=progress, disable=progress is None):
         chunk = conditions[start : start + batch_size]

@@ -45,7 +45,7 @@ def test_the_code_for_a_model_of_ones_own(dit_folder: Path, tmp_path: Path) -> N
         ("path/to/my-pipeline", str(dit_folder)),
         ("runs/mine", str(tmp_path)),
         ("num_trajectories=2000", "num_trajectories=6"),
-        ("num_steps=2000", "num_steps=2"),
+        ("TrainingSettings(2000", "TrainingSettings(2"),
         ("num_inference_steps=20", "num_inference_steps=2"),
         ("hidden_size=32", "hidden_size=4"),
     )

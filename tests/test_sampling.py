@@ -265,6 +265,18 @@ def test_generate_gives_the_same_samples_in_any_batch_size(dit_base: DiTBase) ->
     assert torch.equal(batches[100][0], expected)
 
 
+def test_generate_refuses_one_scale_for_each_sample_of_several_batches(dit_base: DiTBase) -> None:
+    scales = torch.tensor([2.0, 3.0])
+    (latents,) = generate(dit_base, [0, 1], CFG(scales), 2, batch_size=2)
+    assert torch.equal(
+        latents, final_latents(dit_base, [0, 1], CFG(scales), 2, seeds=[sample_seed(0, i) for i in (0, 1)])
+    )
+    with pytest.raises(
+        ValueError, match=r"shape \(2,\) for 4 samples in batches of 2: every batch would be given the same"
+    ):
+        next(generate(dit_base, [0, 1, 2, 3], CFG(scales), 2, batch_size=2))
+
+
 # Bad arguments ----------------------------------------------------------------------------------------------------------
 
 
