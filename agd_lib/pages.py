@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,6 +33,13 @@ class PageError(AGDError):
     """A page has no place for a table, or a file of results is damaged."""
 
 
+def spent(rows: Iterable[Row], trainings: Iterable[float] = ()) -> str:
+    """What a study's images took, and its trainings (seconds), where those are known: processes of a study have a thread each."""
+    minutes = [sum(row.n * row.seconds_per_image for row in rows) / 60, sum(trainings) / 60]
+    what = f"Its images took {minutes[0]:.0f} minutes of one core"
+    return what + (f", its trainings {minutes[1]:.0f}." if minutes[1] else ".")
+
+
 def results_table(path: Path) -> str:
     """What a study measured (:mod:`agd_lib.study`)."""
     about, rows = read_json(path, PageError, "study"), read_study(path)
@@ -46,7 +53,7 @@ def results_table(path: Path) -> str:
     return (
         f"{Path(row.base).name}, {row.steps} sampler steps, mean ± standard deviation over seeds. FD is a Frechet distance in "
         f"the features of {row.extractor}, not an FID. {endpoint}Every row comes from "
-        f"`{about['command']}` and is kept in [`{display_path(path)}`]({display_path(path)}).\n\n"
+        f"`{about['command']}` and is kept in [`{display_path(path)}`]({display_path(path)}). {spent(rows)}\n\n"
         f"{markdown_table(rows)}"
     )
 
@@ -135,7 +142,7 @@ def intervals_table(path: Path) -> str:
     row = rows[0].row
     return (
         f"{row.base}, {len({each.row.seed for each in rows})} seeds of {row.n:,} images; `{about['command']}`, kept in "
-        f"[`{display_path(path)}`]({display_path(path)}).\n\n{interval_table(rows)}"
+        f"[`{display_path(path)}`]({display_path(path)}). {spent(each.row for each in rows)}\n\n{interval_table(rows)}"
     )
 
 
@@ -146,7 +153,7 @@ def strengths_table(path: Path) -> str:
     return (
         f"{row.base}, {row.steps} sampler steps, mean ± standard deviation over {len({each.row.seed for each in rows})} seeds of "
         f"{row.n:,} images, with the shipped adapters. `{about['command']}`, kept in "
-        f"[`{display_path(path)}`]({display_path(path)}).\n\n{strength_table(rows)}"
+        f"[`{display_path(path)}`]({display_path(path)}). {spent(each.row for each in rows)}\n\n{strength_table(rows)}"
     )
 
 
@@ -155,7 +162,8 @@ def scales_table(path: Path) -> str:
     about, rows = read_json(path, PageError, "study"), [each.row for each in read_ablation(path)]
     return (
         f"{rows[0].base}, {rows[0].steps} sampler steps, mean ± standard deviation over {len({row.seed for row in rows})} seeds of noise, with "
-        f"the shipped adapters. `{about['command']}`, kept in [`{display_path(path)}`]({display_path(path)}).\n\n{markdown_table(rows)}"
+        f"the shipped adapters. `{about['command']}`, kept in [`{display_path(path)}`]({display_path(path)}). {spent(rows)}\n\n"
+        f"{markdown_table(rows)}"
     )
 
 
@@ -164,10 +172,13 @@ def rivals_table(path: Path) -> str:
     about, (outcomes, others) = read_json(path, PageError, "study"), read_comparison(path)
     row, rates = others[0], {each.row.adapter: each.settings.learning_rate for each in outcomes}
     chosen = ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
+    trainings = {(each.row.adapter, each.row.seed): each.train_seconds for each in outcomes}
+    cost = spent([*others, *(each.row for each in outcomes)], trainings.values())
     return (
         f"{Path(row.base).name}, {row.steps} sampler steps, mean ± standard deviation over {len({each.seed for each in others})} seeds "
         f"of {row.n:,} images; each student {min(each.operations for each in outcomes):.3g} operations of training, with the best of "
-        f"three learning rates ({chosen}). `{about['command']}`, kept in [`{display_path(path)}`]({display_path(path)}).\n\n"
+        f"three learning rates ({chosen}). `{about['command']}`, kept in [`{display_path(path)}`]({display_path(path)}). {cost} "
+        "(The learning rates were tried in trainings of a quarter of the steps, which are not counted.)\n\n"
         f"{comparison_table(outcomes, others)}"
     )
 
@@ -176,10 +187,12 @@ def recipe_table(path: Path) -> str:
     """The training with one part exchanged (:mod:`agd_lib.recipes`)."""
     about, (rows, cfg) = read_json(path, PageError, "study"), read_variants(path)
     row, variant = rows[0].row, rows[0].variant
+    trainings = {(each.variant, each.row.seed): each.train_seconds for each in rows}
     return (
         f"{Path(row.base).name}, {row.steps} sampler steps, trainings of {variant.num_steps:,} steps, mean ± standard deviation over "
         f"{len({each.row.seed for each in rows})} seeds of {row.n:,} images. `{about['command']}`, kept in "
-        f"[`{display_path(path)}`]({display_path(path)}).\n\n{variant_table(rows, cfg)}"
+        f"[`{display_path(path)}`]({display_path(path)}). {spent([*cfg, *(each.row for each in rows)], trainings.values())}\n\n"
+        f"{variant_table(rows, cfg)}"
     )
 
 
