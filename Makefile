@@ -2,6 +2,8 @@
 PROFILE ?= cpu
 BASE    ?= tiny-dit tiny-sd21 tiny-sdxl
 JOBS    ?= 2
+# More options for JupyterLab. (In a container everybody is root, which it refuses unless told.)
+LAB     ?=
 PYTHON  ?= $(firstword $(foreach name,python3.11 python3,$(if $(shell $(name) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo yes),$(name))))
 
 VENV  := .venv
@@ -61,7 +63,7 @@ notebook-tests: setup
 		--nbval-sanitize-with tests/notebooks/sanitize.cfg -p no:cacheprovider
 
 lab: setup
-	$(BIN)/jupyter lab notebooks/00_start_here.ipynb
+	$(BIN)/jupyter lab notebooks/00_start_here.ipynb $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB)
 
 bench: setup
 	@mkdir -p runs
