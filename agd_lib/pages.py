@@ -222,6 +222,7 @@ PAGES: dict[str, dict[str, Callable[[Path], str]]] = {
     "README.md": {"headline": headline_table, "speed": speed_table, "growth": growth_table},
     "docs/results.md": {
         **dict.fromkeys(PLANS, results_table),
+        "tiny-dit-scale": scales_table,
         "tiny-sd21-scale": scales_table,
         "tiny-sdxl-scale": scales_table,
         "tiny-dit-rivals": rivals_table,
