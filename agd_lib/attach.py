@@ -10,6 +10,7 @@ adapters.remove()             # the base is what it was, to the bit
 from __future__ import annotations
 
 import re
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -109,10 +110,12 @@ class _Ahead:
     by_timestep: dict[float, LayerConditions]
 
 
-def _compile_anew(denoiser: nn.Module) -> None:
-    """Forget what was compiled, if anything of this denoiser is: in place, or as what ``torch.compile`` returns."""
-    in_place = any(module._compiled_call_impl is not None for module in denoiser.modules())
-    if in_place or hasattr(denoiser, "_orig_mod"):
+def _compile_anew() -> None:
+    """Forget whatever was compiled in this process: hooks that come or go are not noticed by what was compiled before.
+
+    A model does not tell whether it was compiled, since something else may hold what ``torch.compile`` returned.
+    """
+    if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
 
 
@@ -272,15 +275,15 @@ class AdapterSet(nn.Module):
     def attach(self, base: BaseModel) -> AdapterSet:
         """Put the adapters on a base model; returns self. Adapters that it carried before are removed, with a warning.
 
-        There is a warning, too, if they were trained on a base model of the same name with other weights. A denoiser that is
-        compiled is compiled anew at its next call, as after :meth:`remove`: what was compiled would not notice adapters that
-        come or go.
+        There is a warning, too, if they were trained on a base model of the same name with other weights. What is compiled
+        in this process is compiled anew at its next call, as after :meth:`remove`: it would not notice adapters that come or
+        go.
 
         Raises:
             AdapterError: if the base model does not fit; the message says in what.
         """
         if self._put_on(base):
-            _compile_anew(base.denoiser)
+            _compile_anew()
         return self
 
     def _put_on(self, base: BaseModel) -> bool:
@@ -294,10 +297,10 @@ class AdapterSet(nn.Module):
             warnings.warn(
                 f"these adapters were trained on a {base.name} with other weights (fingerprint "
                 f"{self.config.base_fingerprint}, here {base.fingerprint()}): expect worse images, or train them again",
-                stacklevel=2,
+                stacklevel=3,
             )
         if previous is not None:
-            warnings.warn("this base model carried adapters already; they were removed", stacklevel=2)
+            warnings.warn("this base model carried adapters already; they were removed", stacklevel=3)
             previous._take_off()
         self._take_off()
         on_meta = base.device.type == "meta"  # where accelerate keeps the place of weights that it has offloaded
@@ -323,10 +326,10 @@ class AdapterSet(nn.Module):
 
     def remove(self) -> None:
         """Take the adapters off. The base model is again what it was, to the bit. Harmless where none are on."""
-        base = self._base
+        was_on = self._base is not None
         self._take_off()
-        if base is not None:
-            _compile_anew(base.denoiser)
+        if was_on:
+            _compile_anew()
 
     def _take_off(self) -> None:
         for handle in self._handles:

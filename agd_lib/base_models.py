@@ -870,7 +870,7 @@ def load_base(
             ``config``. Pickled weights are never loaded.
         ValueError: for a ``config`` where there is no single file.
     """
-    name = _short_name(name)
+    name = short_name(name)
     known = KNOWN_BASES.get(name)
     source = known.source if known else str(name)
     revision = revision or (known.revision if known else None)
@@ -890,7 +890,7 @@ def load_base(
     return base
 
 
-def _short_name(name: str | Path) -> str:
+def short_name(name: str | Path) -> str:
     """The short name of a shipped model, also where its folder is named: what is shipped with it is found by that."""
     folder = find_folder(name)
     is_shipped = folder is not None and folder.resolve().parent == DATA and folder.name in KNOWN_BASES

@@ -303,7 +303,9 @@ def _reference_of_folder(
         )
     paths = [paths[i] for i in _spread(len(paths), num_images or len(paths))]
     files = [[p.relative_to(folder).as_posix(), p.stat().st_size, p.stat().st_mtime_ns] for p in paths]
-    file = keep and keep / f"reference-{key_of([extractor.name, files])}.safetensors"
+    file = (
+        keep and keep / f"reference-{key_of([extractor.name, extractor.feature_dim, KEPT_FEATURES, files])}.safetensors"
+    )
     if file is not None and file.is_file():
         found = read_tensors(file, EvaluationError, "reference's statistics")
         if found.keys() != {"mean", "covariance", "features"}:
@@ -313,7 +315,8 @@ def _reference_of_folder(
     running, kept = RunningStatistics(), []
     for images in _images(tqdm(paths, desc="reference")):
         features = extractor(images)[0]
-        kept += [one for number, one in enumerate(features, running.count) if number in kept_numbers]
+        # copies: a view would keep all of its batch
+        kept += [one.clone() for number, one in enumerate(features, running.count) if number in kept_numbers]
         running.add(features)
     reference = Reference(extractor.name, *running.result(), torch.stack(kept))
     if file is not None and reference.features is not None:

@@ -779,7 +779,7 @@ def frechet_illustration(shifts: Sequence[float] = (0.0, 1.5), spreads: Sequence
 
 
 def distance_against_count(counts: Sequence[int], distances: Sequence[Sequence[float]], label: str) -> Figure:
-    """A Fréchet distance measured on fewer and more samples.
+    """A distance measured on fewer and more samples.
 
     Args:
         counts: sample counts. distances: for each count, repeated measurements.

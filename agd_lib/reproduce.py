@@ -12,8 +12,9 @@ A run is a folder, ``runs/<profile>``::
     <base>/notebooks/<name>.ipynb     the executed notebooks; <name>.failed.ipynb where one stopped
     <base>/...                        what the notebooks wrote: trajectories, adapters, results
 
-A notebook counts as finished when its executed copy is there, whole, with a note of the inputs it was made from: its
-own cells, its parameters, the library's source, the shipped data, and the inputs of the notebooks that it needs. Run
+A notebook counts as finished when its executed copy is there, whole, and the adapters or results that it made, with a note
+of the inputs it was made from: its own cells, its parameters, the files that these name (a folder of images), the library's
+source, the shipped data, and the inputs of the notebooks that it needs. Run
 again, finished notebooks are skipped while those are unchanged, and an interrupted one goes on from what it had stored
 (02 from its shards, 03 from its checkpoints, 06 from its measurements).
 """
@@ -52,7 +53,7 @@ from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 from PIL import Image
 
-from .base_models import KNOWN_BASES
+from .base_models import KNOWN_BASES, short_name
 from .budget import environment_report, format_seconds
 from .errors import AGDError, WriteError
 from .project import DATA, ROOT, display_path, find_folder, repository_path
@@ -93,7 +94,7 @@ class Notebook:
 
 
 PRODUCTS = ("adapters", "results.json")
-"""Of what notebooks make that what must be there for them to count as finished. Stores may be removed to make room."""
+"""What must still be there for a notebook that made it to count as finished. (Stores may be removed to make room.)"""
 
 _MADE_IN_TRAINING = ("trajectories", "held-out-trajectories", "checkpoints", "adapters")
 
@@ -775,7 +776,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         root = options.run_dir.resolve() if options.run_dir else repository_path(f"runs/{options.profile}")
         if options.parameters and len(options.base) > 1:
             raise ReproduceError(f"got --parameters for {len(options.base)} base models, expected one: give its --base")
-        profiles = [load_profile(options.profile, base, options.parameters) for base in options.base]
+        bases = [short_name(base) for base in options.base]
+        profiles = [load_profile(options.profile, base, options.parameters) for base in bases]
         with_one = [profile for profile in profiles if any(_wanted(n.name, options.only) for n in LANES[profile.lane])]
         _announce_all(with_one)
         outcomes = []
@@ -797,7 +799,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _say("\n" + (markdown_table(rows) if rows else "No results yet: notebook 06 measures them."))
     for name in outdated(root):
         _say(
-            f"\nNote: the rows of {name} were measured by another version of this library; --base {name} measures them again."
+            f"\nNote: the rows of {name} were measured by another version of this library; its own command measures them again."
         )
     if rows:
         _say(f"\nresults  {display_path(root / 'results.json')}")

@@ -202,11 +202,11 @@ def cell(mean: float | None, deviation: float | None, digits: int) -> str:
 
 def markdown_table(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table, mean ± standard deviation over seeds; rows of several bases name theirs, and kernel
-    distances have a column if there are any.
+    distances have a column if every row has one.
 
     Seconds are left out: those of separate runs drift with the machine, speed is measured side by side elsewhere.
     """
-    several, with_kd = len({row.base for row in rows}) > 1, any(row.kd is not None for row in rows)
+    several, with_kd = len({row.base for row in rows}) > 1, bool(rows) and all(row.kd is not None for row in rows)
     names = ["method", "scale", "NFE", "FD", *["KD"] * with_kd, "precision", "recall", "accuracy", "endpoint error"]
     lines = ["| " + " | ".join([*names, "n x seeds"]) + " |", "|---" * (len(names) + 1) + "|"]
     for s in summarise(rows):

@@ -212,6 +212,10 @@ def test_a_compiled_base_notices_adapters_that_come_and_go(dit_folder: Path, kin
             torch.testing.assert_close(images(base, AGD(adapters, 3.0)), guided)
         torch.testing.assert_close(images(base, Unguided()), unguided)
         assert len(graphs) == count
+        adapters.attach(base)
+        with pytest.warns(UserWarning, match="carried adapters already"):
+            others = new(base, kind, trained=False).attach(base)
+        torch.testing.assert_close(images(base, AGD(others, 3.0)), unguided)  # untrained ones change nothing
     finally:
         torch.compiler.reset()
 

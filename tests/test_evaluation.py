@@ -375,6 +375,22 @@ def measure_latents(base: DiTBase) -> Tensor:
     return measure(base, Unguided(), any_reference).latents
 
 
+def test_without_a_batch_size_a_million_pixels_are_drawn_at_once(
+    dit_base: DiTBase, reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches: list[int] = []
+    whole = dit_base.denoise
+
+    def watched(latents: Tensor, *call: Any) -> Tensor:
+        batches.append(len(latents))
+        return whole(latents, *call)
+
+    monkeypatch.setattr(dit_base, "denoise", watched)
+    monkeypatch.setattr(DiTBase, "images_at_once", 5)
+    evaluate(dit_base, Unguided(), reference, MeanColours(), n=12, num_inference_steps=1, progress=False)
+    assert batches == [5, 5, 2]
+
+
 def test_too_few_samples_and_another_extractor_are_refused(dit_base: DiTBase, reference: Reference) -> None:
     with pytest.raises(ValueError, match="got n = 6, expected more than 6 samples for mean-colours"):
         measure(dit_base, Unguided(), reference, n=6)

@@ -143,7 +143,8 @@ def test_the_profiles_and_files_that_are_named_exist() -> None:
 
 def headings(page: Path) -> set[str]:
     """What a link into a page can name: its headings, as GitHub writes them in links."""
-    found = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    found = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in found}
 
 
