@@ -235,6 +235,7 @@ PAGES: dict[str, dict[str, Callable[[Path], str]]] = {
         "tiny-sd21-negatives": negative_prompts_table,
         "tiny-dit-thrift": recipe_table,
         "tiny-dit-states": recipe_table,
+        "tiny-dit-size": recipe_table,
         "tiny-dit-weighting": recipe_table,
         "tiny-dit-noisiest": recipe_table,
         "tiny-sd21-sites": recipe_table,
