@@ -30,7 +30,7 @@ setup: $(STAMP)
 
 # Touched only when the whole installation has succeeded: an interrupted one starts again, a whole one costs nothing.
 $(STAMP): pyproject.toml requirements.lock
-	@echo 'Setting up $(VENV), once: a few minutes, 3 GB from PyPI, 7 GiB of disk.'
+	@echo 'Setting up $(VENV), once: a few minutes, some GB from PyPI, 7 GiB of disk.'
 	@test -x $(BIN)/python || test -n '$(PYTHON)' || { \
 		echo 'Needs Python 3.11, 3.12 or 3.13 and found none. Install python3.11 with venv' >&2; \
 		echo '(Debian, Ubuntu: apt install python3.11-venv), or use conda: see README.md, Installation without make.' >&2; exit 1; }
