@@ -40,6 +40,12 @@ def spent(rows: Iterable[Row], trainings: Iterable[float] = ()) -> str:
     return what + (f", its trainings {minutes[1]:.0f}." if minutes[1] else ".")
 
 
+def source(path: Path, rows: Iterable[Row], trainings: Iterable[float] = ()) -> str:
+    """The command that a file of results came from, where it is kept, and what it took."""
+    command, place = read_json(path, PageError, "study")["command"], display_path(path)
+    return f"`{command}`, kept in [`{place}`]({place}). {spent(rows, trainings)}"
+
+
 def results_table(path: Path) -> str:
     """What a study measured (:mod:`agd_lib.study`)."""
     about, rows = read_json(path, PageError, "study"), read_study(path)
@@ -138,46 +144,44 @@ def growth_table(path: Path) -> str:
 
 def intervals_table(path: Path) -> str:
     """What guidance in an interval of noise levels gains (:mod:`agd_lib.ablations`)."""
-    about, rows = read_json(path, PageError, "study"), read_ablation(path)
-    row = rows[0].row
+    found = read_ablation(path)
+    rows = [each.row for each in found]
     return (
-        f"{row.base}, {len({each.row.seed for each in rows})} seeds of {row.n:,} images; `{about['command']}`, kept in "
-        f"[`{display_path(path)}`]({display_path(path)}). {spent(each.row for each in rows)}\n\n{interval_table(rows)}"
+        f"{rows[0].base}, {len({row.seed for row in rows})} seeds of {rows[0].n:,} images; {source(path, rows)}\n\n"
+        f"{interval_table(found)}"
     )
 
 
 def strengths_table(path: Path) -> str:
     """The adapters with their strength restored (:mod:`agd_lib.strength`), beside themselves and CFG."""
-    about, rows = read_json(path, PageError, "study"), read_ablation(path)
-    row = rows[0].row
+    found = read_ablation(path)
+    row, rows = found[0].row, [each.row for each in found]
     return (
-        f"{row.base}, {row.steps} sampler steps, mean ± standard deviation over {len({each.row.seed for each in rows})} seeds of "
-        f"{row.n:,} images, with the shipped adapters. `{about['command']}`, kept in "
-        f"[`{display_path(path)}`]({display_path(path)}). {spent(each.row for each in rows)}\n\n{strength_table(rows)}"
+        f"{row.base}, {row.steps} sampler steps, mean ± standard deviation over {len({each.seed for each in rows})} seeds of "
+        f"{row.n:,} images, with the shipped adapters. {source(path, rows)}\n\n{strength_table(found)}"
     )
 
 
 def scales_table(path: Path) -> str:
     """CFG and the shipped adapters at scales between and beyond those of the study (:mod:`agd_lib.ablations`)."""
-    about, rows = read_json(path, PageError, "study"), [each.row for each in read_ablation(path)]
+    rows = [each.row for each in read_ablation(path)]
     return (
         f"{rows[0].base}, {rows[0].steps} sampler steps, mean ± standard deviation over {len({row.seed for row in rows})} seeds of noise, with "
-        f"the shipped adapters. `{about['command']}`, kept in [`{display_path(path)}`]({display_path(path)}). {spent(rows)}\n\n"
-        f"{markdown_table(rows)}"
+        f"the shipped adapters. {source(path, rows)}\n\n{markdown_table(rows)}"
     )
 
 
 def rivals_table(path: Path) -> str:
     """Other ways to one pass beside AGD's adapters (:mod:`agd_lib.rivals`)."""
-    about, (outcomes, others) = read_json(path, PageError, "study"), read_comparison(path)
+    outcomes, others = read_comparison(path)
     row, rates = others[0], {each.row.adapter: each.settings.learning_rate for each in outcomes}
     chosen = ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
     trainings = {(each.row.adapter, each.row.seed): each.train_seconds for each in outcomes}
-    cost = spent([*others, *(each.row for each in outcomes)], trainings.values())
+    rows = [*others, *(each.row for each in outcomes)]
     return (
         f"{Path(row.base).name}, {row.steps} sampler steps, mean ± standard deviation over {len({each.seed for each in others})} seeds "
         f"of {row.n:,} images; each student {min(each.operations for each in outcomes):.3g} operations of training, with the best of "
-        f"three learning rates ({chosen}). `{about['command']}`, kept in [`{display_path(path)}`]({display_path(path)}). {cost} "
+        f"three learning rates ({chosen}). {source(path, rows, trainings.values())} "
         "(The learning rates were tried in trainings of a quarter of the steps, which are not counted.)\n\n"
         f"{comparison_table(outcomes, others)}"
     )
@@ -185,13 +189,13 @@ def rivals_table(path: Path) -> str:
 
 def recipe_table(path: Path) -> str:
     """The training with one part exchanged (:mod:`agd_lib.recipes`)."""
-    about, (rows, cfg) = read_json(path, PageError, "study"), read_variants(path)
+    rows, cfg = read_variants(path)
     row, variant = rows[0].row, rows[0].variant
     trainings = {(each.variant, each.row.seed): each.train_seconds for each in rows}
     return (
         f"{Path(row.base).name}, {row.steps} sampler steps, trainings of {variant.num_steps:,} steps, mean ± standard deviation over "
-        f"{len({each.row.seed for each in rows})} seeds of {row.n:,} images. `{about['command']}`, kept in "
-        f"[`{display_path(path)}`]({display_path(path)}). {spent([*cfg, *(each.row for each in rows)], trainings.values())}\n\n"
+        f"{len({each.row.seed for each in rows})} seeds of {row.n:,} images. "
+        f"{source(path, [*cfg, *(each.row for each in rows)], trainings.values())}\n\n"
         f"{variant_table(rows, cfg)}"
     )
 
