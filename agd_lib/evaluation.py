@@ -320,8 +320,8 @@ def _reference_of_folder(
         running.add(features)
     reference = Reference(extractor.name, *running.result(), torch.stack(kept))
     if file is not None and reference.features is not None:
-        statistics = {"mean": torch.from_numpy(reference.mean), "covariance": torch.from_numpy(reference.covariance)}
-        write_tensors(file, statistics | {"features": reference.features})
+        moments = {"mean": torch.from_numpy(reference.mean), "covariance": torch.from_numpy(reference.covariance)}
+        write_tensors(file, moments | {"features": reference.features})
     return reference
 
 
@@ -390,7 +390,7 @@ def kernel_distance(features: Tensor, reference_features: Tensor, subsets: int =
 
     Args:
         features: generated, (N, D). reference_features: real, (M, D).
-        subset_size: of either; at most N and M are taken.
+        subsets: how many random ones, always the same. subset_size: images of either set in each; at most N and M are taken.
     """
     from torch_fidelity.metric_kid import kid_features_to_metric
 
