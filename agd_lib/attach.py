@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from .adapters import ADAPTERS, Adapter, AdapterSizes, ModulatedAdapter, SharedCode, TimestepShift
 from .base_models import BaseModel, Condition, DiTBase, SamplingRun, Site, StableDiffusionXLBase
 from .errors import AdapterError
-from .guidance import NEGATIVE, Scale, scale_at
+from .guidance import NEGATIVE, Scale, check_scale, scale_at, scale_per_sample
 from .project import DATA, display_path
 from .storage import read_json, read_tensors, write_json, write_tensors, writing
 
@@ -412,9 +412,12 @@ class AdapterSet(nn.Module):
 
         Raises:
             AdapterError: if these adapters are on no base model, or are given negative prompts and do not see them.
+            ValueError: if a scale is negative, NaN or infinite: here, or, from a schedule, at its step.
         """
         if self._base is None:
             raise AdapterError("these adapters are on no base model: call attach(base) first")
+        if not callable(scale):
+            check_scale(scale)
         if negative is not None and self.config.negative_dim is None and self.enabled:
             raise AdapterError(
                 "got negative prompts, and these adapters do not see them: leave them out, guide by CFG, or train adapters "
@@ -551,7 +554,7 @@ class AdapterSet(nn.Module):
         like = torch.empty(0, device=next(self.parameters()).device)
         if callable(self._scale):
             return torch.stack([scale_at(self._scale, int(timestep), batch_size, like) for timestep in timesteps])
-        return scale_at(self._scale, 0, batch_size, like).expand(len(timesteps), batch_size)
+        return scale_per_sample(self._scale, batch_size, like).expand(len(timesteps), batch_size)
 
     def _weights_state(self) -> list[tuple[int, int]]:
         """Changes whenever a weight of the adapters does. (``self.parameters()`` takes ten times as long.)"""

@@ -48,17 +48,33 @@ def cfg_combine(unconditional: Tensor, conditional: Tensor, scale: Tensor) -> Te
     return unconditional + (scale * difference).to(difference.dtype)
 
 
-def scale_at(scale: Scale, timestep: int, batch_size: int, like: Tensor) -> Tensor:
-    """The scale of every sample at a timestep, as a tensor (B,) on the device of ``like``.
+def check_scale(value: float | Tensor) -> None:
+    """Refuse what is no guidance scale.
+
+    Raises:
+        ValueError: if a scale is negative, NaN or infinite.
+    """
+    if isinstance(value, int | float):  # asking a tensor waits for its device
+        valid = 0 <= value < math.inf
+    else:
+        scales = torch.as_tensor(value)
+        valid = bool((scales.isfinite() & (scales >= 0)).all())
+    if not valid:
+        raise ValueError(
+            f"got guidance scale {value}, expected finite numbers >= 0 (1 is the conditional model, usual values are "
+            "1 to 12)"
+        )
+
+
+def scale_per_sample(value: float | Tensor, batch_size: int, like: Tensor) -> Tensor:
+    """The scale of every sample, as a tensor (B,) on the device of ``like``.
 
     It is in float32, whatever the latents' dtype (float64 for those in float64): bfloat16 rounds 4.01 to 4.
 
     Raises:
-        ValueError: if a scale is negative, NaN or infinite, or a per-sample tensor has another length than the batch.
+        ValueError: if a per-sample tensor has another length than the batch.
     """
-    value = scale(timestep) if callable(scale) else scale
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    tensor = torch.as_tensor(value, device=like.device, dtype=dtype)
+    tensor = torch.as_tensor(value, device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
     if tensor.ndim == 0:
         tensor = tensor.expand(batch_size)
     if tensor.shape != (batch_size,):
@@ -66,16 +82,14 @@ def scale_at(scale: Scale, timestep: int, batch_size: int, like: Tensor) -> Tens
             f"got a guidance scale of shape {tuple(tensor.shape)} for {batch_size} samples, expected one number or "
             f"a tensor of shape ({batch_size},)"
         )
-    # a plain number is checked as such: asking a tensor would wait for the device at every step
-    valid = (
-        bool((tensor.isfinite() & (tensor >= 0)).all()) if not isinstance(value, int | float) else 0 <= value < math.inf
-    )
-    if not valid:
-        raise ValueError(
-            f"got guidance scale {value}, expected finite numbers >= 0 (1 is the conditional model, usual values are "
-            "1 to 12)"
-        )
     return tensor
+
+
+def scale_at(scale: Scale, timestep: int, batch_size: int, like: Tensor) -> Tensor:
+    """The scale of every sample at a timestep, (B,), checked: :func:`check_scale`, :func:`scale_per_sample`."""
+    value = scale(timestep) if callable(scale) else scale
+    check_scale(value)
+    return scale_per_sample(value, batch_size, like)
 
 
 def warn_if_untrained(scale: float | Tensor, trained: tuple[float, float], given: object, stacklevel: int) -> bool:
