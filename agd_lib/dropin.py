@@ -44,7 +44,7 @@ from torch import Tensor
 from .attach import AdapterSet
 from .base_models import BaseModel, DiTBase, SamplingRun, StableDiffusionBase, StableDiffusionXLBase
 from .errors import BaseModelError
-from .guidance import Scale, scale_at, warn_if_untrained
+from .guidance import Scale, check_scale, warn_if_untrained
 
 PIPELINES: dict[Any, type[DiTBase | StableDiffusionBase]] = {
     DiTPipeline: DiTBase,
@@ -64,16 +64,16 @@ def load_agd(pipeline: Any, adapters: str | Path | AdapterSet, revision: str | N
     """Guide a diffusers pipeline by adapters: from now on its calls make one forward pass a step.
 
     The ``guidance_scale`` of a call goes to the adapters. It is, as before, a number, by default the pipeline's own
-    default; it may also be one number per prompt (a sequence or a tensor; each is repeated ``num_images_per_prompt``
-    times), or a function of the timestep (an int from ``num_train_timesteps - 1`` down to 0) such as
-    :class:`~agd_lib.guidance.GuidanceInterval`. It should be in the range that the adapters were trained on: outside it
-    a call warns.
+    default; it may also be one number per prompt or per image (a sequence or a tensor; images of a prompt are next to
+    each other), or a function of the timestep (an int from ``num_train_timesteps - 1`` down to 0) that returns either, such
+    as :class:`~agd_lib.guidance.GuidanceInterval`. As in diffusers' own pipelines less than 1 is
+    no guidance either, and the same as 1. A scale should be in the range that the adapters were trained on: outside it a call warns.
 
     What only a second pass can do is refused, by a ``ValueError``: negative prompts (empty ones are fine; adapters that were
     trained to see negative prompts take ``negative_prompt`` or ``negative_prompt_embeds``) and ``guidance_rescale``; so are
-    scales that are negative, not finite, or not one per prompt. What cannot be told apart is not refused:
-    ``ip_adapter_image_embeds`` must come without the negative half that two passes need, and a callback cannot change the
-    guidance by ``_guidance_scale`` (a schedule can).
+    scales that are negative, not finite, or not one per prompt or image, and ``ip_adapter_image_embeds`` with the negative
+    half that two passes need (two embeddings for two prompts are taken for one each). A callback cannot change the guidance
+    by ``_guidance_scale``; a schedule can.
 
     Args:
         pipeline: one of :data:`PIPELINES`. Adapters that it was given before are unloaded.
@@ -87,8 +87,13 @@ def load_agd(pipeline: Any, adapters: str | Path | AdapterSet, revision: str | N
     Raises:
         AdapterError: if the adapters cannot be read, or do not fit the pipeline's denoiser.
         BaseModelError: for a pipeline of another kind.
+        TypeError: if ``adapters`` are neither.
     """
     base = _base_of(pipeline)
+    if not isinstance(adapters, AdapterSet | str | Path):
+        raise TypeError(
+            f"got adapters of type {type(adapters).__name__}, expected a folder, a hub id, or an AdapterSet"
+        )
     loaded = adapters if isinstance(adapters, AdapterSet) else AdapterSet.from_pretrained(adapters, revision=revision)
     loaded.check_fit(base)
     if isinstance(pipeline, _Guided):
@@ -216,6 +221,13 @@ def _refuse_what_takes_two_passes(arguments: Mapping[str, Any], signature: inspe
     ]
     if arguments.get("guidance_rescale"):
         given.append("guidance_rescale")
+    num_prompts = _num_prompts(arguments)
+    if any(len(embeds) > num_prompts for embeds in arguments.get("ip_adapter_image_embeds") or ()):
+        raise ValueError(
+            f"got ip_adapter_image_embeds of {[len(embeds) for embeds in arguments['ip_adapter_image_embeds']]} pictures for "
+            f"{num_prompts} prompts, expected at most one for each: with one pass there is no negative half. Leave it out: "
+            "[embeds.chunk(2)[1] for embeds in ip_adapter_image_embeds]"
+        )
     if given:
         raise ValueError(
             f"got {', '.join(given)}, expected none: the adapters guide in one forward pass, which has no negative "
@@ -233,28 +245,38 @@ def _says_something(value: Any, default: Any) -> bool:
 
 
 def _read_scale(arguments: Mapping[str, Any], trained: tuple[float, float]) -> Scale:
-    """The scale of a call: a function of the timestep, or one number per image, (B,)."""
+    """The scale of a call: one number per image, (B,), or a function of the timestep that returns these."""
     given = arguments["guidance_scale"]
-    if callable(given):
-        return _watched(given, trained)
-    try:
-        scales = scale_at(given, 0, _num_prompts(arguments), torch.empty(0, dtype=torch.float64))
-    except (TypeError, RuntimeError) as error:
-        raise ValueError(
-            f"got guidance_scale {given!r}, expected a number, one number per prompt, or a function of the timestep"
-        ) from error
-    warn_if_untrained(scales, trained, given, stacklevel=4)
-    return scales.repeat_interleave(arguments.get("num_images_per_prompt") or 1)
-
-
-def _watched(schedule: Callable[[int], float], trained: tuple[float, float]) -> Callable[[int], float]:
-    """The schedule, which warns once when it leaves the trained range."""
+    if not callable(given):
+        scales = _per_image(given, arguments)
+        warn_if_untrained(scales, trained, given, stacklevel=4)
+        return scales
     has_warned = False
 
-    def scale(timestep: int) -> float:
+    def scale(timestep: int) -> Tensor:
         nonlocal has_warned
-        value = schedule(timestep)
-        has_warned = has_warned or warn_if_untrained(value, trained, f"{value} at timestep {timestep}", stacklevel=3)
-        return value
+        value = given(timestep)
+        scales = _per_image(value, arguments)
+        has_warned = has_warned or warn_if_untrained(scales, trained, f"{value} at timestep {timestep}", stacklevel=3)
+        return scales
 
     return scale
+
+
+def _per_image(value: Any, arguments: Mapping[str, Any]) -> Tensor:
+    """What a call, or its schedule, gives as scale: as one number per image, (B,), and none below 1."""
+    prompts, images = _num_prompts(arguments), arguments.get("num_images_per_prompt") or 1
+    try:
+        scales = torch.as_tensor(value, dtype=torch.float64, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"got guidance_scale {value!r}, expected a number, one number per prompt or image, or a function of the timestep"
+        ) from error
+    check_scale(value)
+    if scales.shape not in {(), (prompts,), (prompts * images,)}:
+        raise ValueError(
+            f"got a guidance_scale of shape {tuple(scales.shape)} for {prompts} prompts and {prompts * images} images, "
+            "expected one number, or one per prompt or image"
+        )
+    each = images if scales.shape == (prompts,) else 1
+    return scales.clamp(min=1).repeat_interleave(each).expand(prompts * images)

@@ -32,7 +32,7 @@ STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; color: var(--ink); background: var(--wash); font: 16px/1.6 system-ui, "Segoe UI", Helvetica, Arial,
   sans-serif; }
-main { max-width: 70rem; margin: 0 auto; padding: 2.5rem 3rem 4rem; background: var(--paper);
+main { max-width: 77rem; margin: 0 auto; padding: 2.5rem 3rem 4rem; background: var(--paper);
   border-left: 1px solid var(--line); border-right: 1px solid var(--line); min-height: 100vh; }
 h1 { font-size: 2rem; line-height: 1.2; margin: 0 0 .3rem; }
 h2 { font-size: 1.45rem; margin: 3rem 0 1rem; padding-top: 1rem; border-top: 2px solid var(--accent); }

@@ -254,6 +254,32 @@ def test_one_scale_per_prompt_and_many_images_of_each(sd: StableDiffusionPipelin
     assert mixed.shape == (4, 4, 8, 8) and far(low, high)
 
 
+@pytest.mark.parametrize("scheduled", [False, True], ids=["numbers", "schedule"])
+def test_one_scale_per_image(sd: StableDiffusionPipeline, scheduled: bool) -> None:
+    load_agd(sd, trained(sd))
+
+    def images(scales: Any) -> Tensor:
+        given = (lambda timestep: scales) if scheduled else scales
+        return run(sd, given, generator=noise_generators([5, 6, 7, 8]), num_images_per_prompt=2)
+
+    of_each = [images(scale) for scale in (2.0, 3.0, 4.0, 6.0)]
+    expected = torch.stack([each[i] for i, each in enumerate(of_each)])
+    torch.testing.assert_close(images([2.0, 3.0, 4.0, 6.0]), expected, rtol=1e-5, atol=1e-5)
+    per_prompt = torch.cat([of_each[0][:2], of_each[3][2:]])
+    torch.testing.assert_close(images([2.0, 6.0]), per_prompt, rtol=1e-5, atol=1e-5)
+    assert far(of_each[0], of_each[3])
+
+
+@pytest.mark.parametrize("given", [0.5, 0, [1.0, 0.0], lambda timestep: 0.5], ids=["half", "zero", "each", "schedule"])
+def test_below_one_is_one_as_in_the_pipeline_itself(sd: StableDiffusionPipeline, given: Any) -> None:
+    assert torch.equal(run(sd, 0.0), run(sd, 1.0))
+    load_agd(sd, trained(sd))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert torch.equal(run(sd, given), run(sd, 1.0))
+    assert far(run(sd, 6.0), run(sd, 1.0))
+
+
 def test_a_schedule_sees_the_timesteps(xl: StableDiffusionXLPipeline) -> None:
     load_agd(xl, trained(xl))
     seen: list[int] = []
@@ -269,9 +295,7 @@ def test_a_schedule_sees_the_timesteps(xl: StableDiffusionXLPipeline) -> None:
     assert far(scheduled, run(xl, 2.0))
 
 
-@pytest.mark.parametrize(
-    "given", [12.0, [2.0, 12.0], 0.5, lambda timestep: 12.0], ids=["high", "one", "low", "schedule"]
-)
+@pytest.mark.parametrize("given", [12.0, [2.0, 12.0], lambda timestep: 12.0], ids=["high", "one", "schedule"])
 def test_a_scale_outside_the_trained_range_warns(sd: StableDiffusionPipeline, given: Any) -> None:
     load_agd(sd, trained(sd))
     with pytest.warns(UserWarning, match=r"got guidance_scale .*trained on scales from 1 to 8") as caught:
@@ -294,13 +318,24 @@ def test_a_scale_at_the_end_of_the_trained_range_does_not_warn(sd: StableDiffusi
         (-1.0, "got guidance scale -1.0, expected finite"),
         ([2.0, float("inf")], "expected finite numbers >= 0"),
         (lambda timestep: -1.0, "got guidance scale -1.0, expected finite"),
-        ([2.0, 3.0, 4.0], r"shape \(3,\) for 2 samples, expected one number"),
-        ("seven", "got guidance_scale 'seven', expected a number, one number per prompt, or a function"),
+        ([2.0, 3.0, 4.0], r"shape \(3,\) for 2 prompts and 2 images, expected one number, or one per prompt or image"),
+        ("seven", "got guidance_scale 'seven', expected a number, one number per prompt or image, or a function"),
         (None, "got guidance_scale None, expected a number"),
+        (lambda timestep: None, "got guidance_scale None, expected a number"),
+        (lambda timestep: [2.0, 3.0, 4.0], r"shape \(3,\) for 2 prompts"),
     ],
-    ids=["nan", "negative", "infinite", "schedule", "too many", "text", "none"],
+    ids=[
+        "nan",
+        "negative",
+        "infinite",
+        "schedule",
+        "too many",
+        "text",
+        "none",
+        "schedule of none",
+        "schedule of too many",
+    ],
 )
-@pytest.mark.filterwarnings("ignore:got guidance_scale -1.0 at timestep")
 def test_bad_scales_are_refused(sd: StableDiffusionPipeline, given: Any, message: str) -> None:
     load_agd(sd, trained(sd))
     with pytest.raises(ValueError, match=message):
@@ -658,6 +693,8 @@ def test_with_ip_adapter(kind: Any, adapter_kind: str, tmp_path: Path) -> None:
     assert far(both, without_agd) and far(both, alone)
     assert far(both, run(pipe, 3.0, ip_adapter_image_embeds=[-pictures]))
     assert far(both, run(pipe, 6.0, **unguided))
+    with pytest.raises(ValueError, match=r"image_embeds of \[2\] pictures for 1 prompts.* no negative half.*chunk"):
+        run(pipe, 3.0, prompt=PROMPTS[:1], generator=noise_generators([5]), **guided)
     pipe.set_ip_adapter_scale(0.0)  # the picture is not heard: AGD alone
     torch.testing.assert_close(run(pipe, 3.0, **unguided), alone, rtol=1e-4, atol=1e-5)
     pipe.set_ip_adapter_scale(1.0)
