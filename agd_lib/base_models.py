@@ -882,6 +882,15 @@ def load_base(
     else:
         pipeline = _load_folder_or_hub_id(source, dtype, revision)
     pipeline.set_progress_bar_config(disable=True)
+    lacking = [
+        name
+        for name, part in pipeline.components.items()
+        if isinstance(part, torch.nn.Module) and any(weight.is_meta for weight in part.parameters())
+    ]
+    if lacking:
+        raise BaseModelError(
+            f"the base model {source!r} is incomplete: its {', '.join(lacking)} lacks weights; save it again"
+        )
     if not offload:
         pipeline.to(device)
     base = base_from_pipeline(pipeline, name, None if is_file else revision)

@@ -19,6 +19,7 @@ from torch import Tensor
 from .attach import AdapterConfig, AdapterSet, check_guidance_range
 from .base_models import BaseModel
 from .errors import AdapterError
+from .storage import MAX_JSON_BYTES
 
 
 def _layers(pairs: Mapping[str, str]) -> dict[str, str]:
@@ -192,13 +193,22 @@ def _read_settings(path: Path) -> dict[str, Any]:
     """Their ``config.yaml``, if there is one."""
     for candidate in (path.parent / "config.yaml", path.parent.parent / "config.yaml"):
         if candidate.is_file():
+            if candidate.stat().st_size > MAX_JSON_BYTES:
+                raise AdapterError(
+                    f"{candidate} has {candidate.stat().st_size:,} bytes: it is not the authors', remove it"
+                )
             try:
                 settings = yaml.safe_load(candidate.read_text(encoding="utf-8"))
             except (yaml.YAMLError, ValueError, RecursionError) as error:
                 raise AdapterError(f"{candidate} is not valid YAML ({error}); restore it, or remove it") from error
             if not isinstance(settings, dict):
                 raise AdapterError(f"{candidate} holds a {type(settings).__name__}, expected settings by name")
-            return settings
+            # only plain values are read, and told in messages: nested ones can say in a line what fills a disk
+            return {
+                str(name): value if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
+                for name, value in settings.items()
+                if isinstance(name, str)
+            }
     return {}
 
 

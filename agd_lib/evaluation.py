@@ -12,7 +12,8 @@ import json
 import shutil
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -147,6 +148,9 @@ class InceptionFeatures:
         return features.float().cpu(), None
 
 
+MAX_PIXELS = 2**24
+"""Of a reference image, 4096 x 4096: a small file can say that it is a thousand times as large."""
+
 KEPT_FEATURES = 10_000
 """Of a folder of reference images, the features of at most so many are kept: a million would fill the memory."""
 
@@ -250,8 +254,17 @@ def load_reference(
     path = Path(path)
     if path.suffix == ".npz" and path.is_file():
         try:
+            with zipfile.ZipFile(path) as archive:  # which tells sizes before anything is unpacked
+                largest = max((member.file_size for member in archive.infolist()), default=0)
+            if largest > 8 * extractor.feature_dim**2 + 4096:
+                raise EvaluationError(
+                    f"{path} unpacks to {largest:,} bytes, too many for {extractor.feature_dim} features: its statistics are "
+                    f"from another extractor than {extractor.name}"
+                )
             with np.load(path, allow_pickle=False) as file:
                 mean, covariance = np.asarray(file["mu"], np.float64), np.asarray(file["sigma"], np.float64)
+        except EvaluationError:
+            raise
         except Exception as error:  # numpy raises many kinds for damaged archives
             raise EvaluationError(f"{path} is damaged or has no 'mu' and 'sigma': {error}") from error
         reference = Reference(extractor.name, mean, covariance)
@@ -333,8 +346,14 @@ def _images(paths: Iterable[Path], at_once: int = 32) -> Iterator[Tensor]:
     for path in paths:
         try:
             with Image.open(path) as file:
+                if file.width * file.height > MAX_PIXELS:
+                    raise EvaluationError(
+                        f"the image {path} has {file.width} x {file.height} pixels, expected at most {MAX_PIXELS:,}: scale it"
+                    )
                 pixels = np.asarray(file.convert("RGB"), dtype=np.float32) / 255
-        except OSError as error:  # also what PIL raises for damaged images
+        except EvaluationError:
+            raise
+        except Exception as error:  # PIL raises many kinds for damaged images
             raise EvaluationError(f"the image {path} is damaged: {error}") from error
         image = torch.from_numpy(pixels).permute(2, 0, 1)
         if pending and (len(pending) == at_once or image.shape != pending[0].shape):
@@ -498,7 +517,7 @@ def evaluate(
             if batch is None:
                 batch = _sample_batch(base, asked, guidance, extractor, num_inference_steps, seed, start)
                 if path is not None:
-                    write_tensors(path, batch)
+                    write_tensors(path, batch | {"checksum": _checksum(batch)})
             mine[start] = batch
             bar.update(len(asked))
         found = dict(gather_object(list(mine.items()))) if processes.num_processes > 1 else mine
@@ -544,7 +563,8 @@ def evaluate(
                 file.unlink(missing_ok=True)  # first, so that it never stands beside latents of another measurement
                 kept_latents = file.with_suffix(".safetensors")
                 write_tensors(kept_latents, {"latents": final})
-                write_json(file, {"inputs": inputs, "row": asdict(row), "latents_sha256": sha256(kept_latents)})
+                measured = {"inputs": inputs, "row": asdict(row), "latents_sha256": sha256(kept_latents)}
+                write_json(file, measured | {"checksum": key_of(measured)})
                 shutil.rmtree(batches, ignore_errors=True)
             processes.wait_for_everyone()  # the next measurement reads it in all processes or in none
     return Evaluation(row, final)
@@ -587,6 +607,9 @@ def _kept_batch(path: Path, shape: tuple[int, ...], extractor: FeatureExtractor)
     try:
         batch = read_tensors(path, EvaluationError, "measurement's batch")
     except EvaluationError:
+        return None
+    checksum = batch.pop("checksum", None)
+    if checksum is None or not torch.equal(checksum, _checksum(batch)):
         return None
     expected = {"latents": shape, "features": (shape[0], extractor.feature_dim), "passes": (), "seconds": ()}
     found = {name: tuple(tensor.shape) for name, tensor in batch.items()}
@@ -631,6 +654,14 @@ def _digest(parts: Iterable[Any]) -> str:
     return digest.hexdigest()[:32]
 
 
+def _checksum(tensors: Mapping[str, Tensor]) -> Tensor:
+    """Of the bytes of tensors and of their names, (32,) bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode() + tensors[name].contiguous().numpy().tobytes())
+    return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
+
+
 def _read_kept(file: Path, inputs: dict[str, Any]) -> Evaluation | None:
     """What :func:`evaluate` kept, if it was made from the same inputs."""
     if not file.is_file():
@@ -638,10 +669,12 @@ def _read_kept(file: Path, inputs: dict[str, Any]) -> Evaluation | None:
     for path in (file, file.with_suffix(".safetensors")):
         refuse_link(path, EvaluationError)
     value = read_json(file, EvaluationError, "measurement")
-    if value.get("inputs") != inputs or "latents_sha256" not in value:  # which older versions did not write
+    if value.get("inputs") != inputs or "checksum" not in value:  # which older versions did not write
         return None
     latents = read_tensors(path, EvaluationError, "measurement's latents").get("latents")
-    if not isinstance(value.get("row"), dict) or latents is None or value.get("latents_sha256") != sha256(path):
+    checksum = value.pop("checksum")
+    whole = checksum == key_of(value) and value.get("latents_sha256") == sha256(path)
+    if not whole or latents is None:
         raise EvaluationError(f"the measurement {file} is damaged: remove it")
     return Evaluation(row_from_dict(value["row"], str(file)), latents)
 

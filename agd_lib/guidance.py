@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 NEGATIVE = "negative_hidden_states"
 """Where a condition has the tokens of negative prompts, (B, L, D). The denoiser itself is not told them."""
 
-Scale: TypeAlias = "float | Tensor | Callable[[int], float]"
-"""A number, a tensor (B,), or a function of the timestep (an int in 0..num_train_timesteps - 1)."""
+Scale: TypeAlias = "float | Tensor | Callable[[int], float | Tensor]"
+"""A number, a tensor (B,), or a function of the timestep (an int in 0..num_train_timesteps - 1) that returns either."""
 
 
 def cfg_combine(unconditional: Tensor, conditional: Tensor, scale: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ from .project import DATA, ROOT, display_path, find_folder, repository_path
 from .prompts import COCO_MEMBERS
 from .report import write_report
 from .results import Row, markdown_table, read_results, write_results
-from .storage import lock_folder, sha256, write_json, writing
+from .storage import lock_folder, read_json, remove, sha256, write_json, writing
 
 NOTEBOOKS = ROOT / "notebooks"
 NOTE = "agd_lib"
@@ -207,7 +207,7 @@ def load_profile(name: str, base: str, path: Path | None = None) -> Profile:
     if not all(isinstance(expected[cost], int | float) and expected[cost] >= 0 for cost in costs):
         raise ReproduceError(f"{display_path(path)}: the numbers under 'expected' must not be negative: {expected}")
     lane = values.pop("lane", LANE_OF_BASE.get(base, "dit"))
-    if lane not in LANES:
+    if not isinstance(lane, str) or lane not in LANES:
         raise ReproduceError(f"{display_path(path)} gives lane: {lane!r}, expected one of: {', '.join(LANES)}")
     exceptions = {str(key): values.pop(key) for key, value in list(values.items()) if isinstance(value, dict)}
     minutes, disk_mib, memory_mib = (float(expected[cost]) for cost in costs)
@@ -663,12 +663,12 @@ def _run_or_skip(
     if note and note["inputs"] == inputs and not force and not lost:
         _say(f"{label}: finished before, nothing changed since")
         return Outcome(notebook.name, note["seconds"], note["peak_memory_mib"], ran=False)
-    before = json.loads(started.read_text()) if started.is_file() else None
+    before = read_json(started, ReproduceError, "note of what a run began with") if started.is_file() else None
     if before is not None and (before != inputs or force):
         changed = [part for part in inputs if before.get(part) != inputs[part]]
         _say(f"{label}: from the beginning" + (f", because this changed: {', '.join(changed)}" if changed else ""))
         for name in notebook.makes:
-            _remove(run / name)
+            remove(run / name)
         _forget_what_needs(notebook.name, lane, run)
     elif before is not None and note is None:
         _say(f"{label}: was interrupted, goes on from what it had stored")
@@ -698,16 +698,9 @@ def _forget_what_needs(name: str, lane: Sequence[Notebook], run: Path) -> None:
     for notebook in lane:
         if name in notebook.needs:
             for made in notebook.makes:
-                _remove(run / made)
+                remove(run / made)
             (run / "notebooks" / f"{notebook.name}.ipynb").unlink(missing_ok=True)
             _forget_what_needs(notebook.name, lane, run)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _write_run(run: Path, profile: Profile, lane: Sequence[Notebook], parameters: dict[str, Any], command: str) -> None:

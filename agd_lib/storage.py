@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -47,7 +48,7 @@ def writing(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _restore(old, path)  # of a run that was killed between the two renames below
-        _remove(temporary)
+        remove(temporary)
         yield temporary
         if temporary.is_dir():
             for item in temporary.rglob("*"):
@@ -57,7 +58,7 @@ def writing(path: Path) -> Iterator[Path]:
             os.replace(path, old)
         os.replace(temporary, path)
         _sync(path.parent)
-        _remove(old)
+        remove(old)
     except (OSError, SafetensorError) as error:
         _clean_up(temporary, old, path)
         free = shutil.disk_usage(next(p for p in [path.parent, *path.parents] if p.exists())).free
@@ -71,7 +72,7 @@ def writing(path: Path) -> Iterator[Path]:
 
 
 def _clean_up(temporary: Path, old: Path, path: Path) -> None:
-    for action in (lambda: _remove(temporary), lambda: _restore(old, path)):
+    for action in (lambda: remove(temporary), lambda: _restore(old, path)):
         with suppress(OSError):  # the error that led here says more
             action()
 
@@ -79,12 +80,13 @@ def _clean_up(temporary: Path, old: Path, path: Path) -> None:
 def _restore(old: Path, path: Path) -> None:
     """Put the folder that was set aside back, or remove it where its successor is in place."""
     if path.exists():
-        _remove(old)
+        remove(old)
     elif old.exists():
         old.rename(path)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file, a folder with all that is in it, or a link (not what it leads to), if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -101,7 +103,7 @@ def lock_folder(folder: Path) -> AcquireReturnProxy:
     Raises:
         FolderInUseError: if another process holds it. WriteError: if the lock file cannot be written.
     """
-    folder = folder.absolute()
+    folder = folder.resolve()  # the lock is the folder's, by whatever name it is called
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         return FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0, is_singleton=True).acquire()
@@ -148,7 +150,7 @@ def read_json(path: Path, error: type[AGDError], what: str) -> dict[str, Any]:
             f"the {what} {path} holds {marks:,} commas and brackets, expected at most {MAX_JSON_VALUES:,}: it is not ours"
         )
     try:
-        value = json.loads(text.decode("utf-8"), parse_constant=_refuse_constant)
+        value = json.loads(text.decode("utf-8"), parse_constant=_refuse_constant, parse_float=_finite)
     except (ValueError, RecursionError) as cause:  # not UTF-8, not JSON, numbers or nesting beyond Python's limits
         raise error(f"the {what} {path} is not valid JSON ({cause}); restore it or make it again") from cause
     if not isinstance(value, dict):
@@ -158,6 +160,12 @@ def read_json(path: Path, error: type[AGDError], what: str) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
+
+
+def _finite(number: str) -> float:
+    if math.isinf(float(number)):
+        raise ValueError(f"{number[:20]} is larger than any number that a computer keeps")
+    return float(number)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

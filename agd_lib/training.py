@@ -15,7 +15,6 @@ import itertools
 import json
 import math
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,7 +30,17 @@ from .errors import CheckpointError, StoreError
 from .guidance import NEGATIVE, Scale
 from .influence import influence_of
 from .sampling import sample_seed
-from .storage import lock_folder, read_json, read_tensors, refuse_link, sha256, write_json, write_tensors, writing
+from .storage import (
+    lock_folder,
+    read_json,
+    read_tensors,
+    refuse_link,
+    remove,
+    sha256,
+    write_json,
+    write_tensors,
+    writing,
+)
 from .trajectories import TrajectoryStore
 
 
@@ -312,7 +321,8 @@ def train(
         with accelerator.main_process_first():
             influence = influence_of(base, store)
     order = None if influence is None else InfluenceOrder(store, influence)
-    identity = _identity(settings, store, adapters, influence)
+    precision = [str(base.dtype), accelerator.mixed_precision]
+    identity = _identity(settings, store, adapters, influence, precision)
     folder = Path(checkpoints) if checkpoints else None
     student, *parts = accelerator.prepare(
         Student(base, adapters, gradient_checkpointing), *optimizers(adapters, settings)
@@ -423,7 +433,11 @@ _FILES = ("adapters.safetensors", "optimizer.safetensors")
 
 
 def _identity(
-    settings: TrainingSettings, store: TrajectoryStore, adapters: AdapterSet, influence: Tensor | None
+    settings: TrainingSettings,
+    store: TrajectoryStore,
+    adapters: AdapterSet,
+    influence: Tensor | None,
+    precision: Sequence[str],
 ) -> dict[str, Any]:
     """What a checkpoint must agree in for a run to go on from it, as JSON would give it back."""
     run = {f"settings.{name}": value for name, value in asdict(settings).items()}
@@ -433,6 +447,7 @@ def _identity(
         if name not in ("base_name", "base_revision", "library_version", "strength")  # which nothing trained has
     }
     run["influence"] = None if influence is None else influence.tolist()
+    run["precision"] = precision
     return json.loads(json.dumps(run | {"store": [shard["sha256"] for shard in store.manifest["shards"]]}))
 
 
@@ -450,7 +465,7 @@ def _save(folder: Path, step: int, adapters: AdapterSet, parts: Sequence[Any], i
         checksums = {name: sha256(temporary / name) for name in _FILES}
         write_json(temporary / "training.json", {"step": step, "sha256": checksums, **identity})
     for old in _all(folder)[:-2]:
-        shutil.rmtree(old)
+        remove(old)
 
 
 def _all(folder: Path) -> list[Path]:
@@ -472,8 +487,8 @@ def _resume(folder: Path, adapters: AdapterSet, parts: Sequence[Any], identity: 
     latest = _latest(folder)
     if latest is None:
         return 0
-    for name in ("training.json", *_FILES):
-        refuse_link(latest / name, CheckpointError)
+    for path in (latest, *(latest / name for name in ("training.json", *_FILES))):
+        refuse_link(path, CheckpointError)
     state = read_json(latest / "training.json", CheckpointError, "checkpoint")
     different = [key for key in identity if state.get(key) != identity[key]]
     if different:
@@ -496,13 +511,15 @@ def _resume(folder: Path, adapters: AdapterSet, parts: Sequence[Any], identity: 
     # such as exp_avg and the parameter's name
     entries = {entry: (*entry.partition(".")[::2], value) for entry, value in moments.items()}
     strange = [entry for entry, (_, name, value) in entries.items() if not _is_moment(value, by_name.get(name))]
+    owners = {weight: part for part in parts for group in part.param_groups for weight in group["params"]}
+    needed = {f"{key}.{name}" for name, parameter in by_name.items() for key in _moments(owners[parameter])}
+    strange = sorted({*strange, *(needed ^ entries.keys())})
     if shapes != {name: tensor.shape for name, tensor in own.items()} or strange:
-        what = f"the moment {strange[0]!r}" if strange else "weights"
+        what = f"moments ({strange[0]})" if strange else "weights"
         raise CheckpointError(
             f"{latest} holds {what} of other adapters: remove it; training goes on from the one before it"
         )
     adapters.load_state_dict(weights)
-    owners = {weight: part for part in parts for group in part.param_groups for weight in group["params"]}
     for key, name, value in entries.values():
         parameter = by_name[name]
         owners[parameter].state[parameter][key] = value.clone().to(parameter.device)
@@ -510,5 +527,11 @@ def _resume(folder: Path, adapters: AdapterSet, parts: Sequence[Any], identity: 
 
 
 def _is_moment(value: Tensor, parameter: Tensor | None) -> bool:
-    """Whether an optimiser can keep this of a parameter: a number, or one for each weight."""
-    return parameter is not None and value.shape in (torch.Size([]), parameter.shape)
+    """Whether an optimiser can keep this of a parameter: a number, or one for each weight, in float32."""
+    return parameter is not None and value.shape in ((), parameter.shape) and value.dtype == torch.float32
+
+
+def _moments(optimizer: Any) -> set[str]:
+    """What :func:`optimizers`' keep of every parameter."""
+    is_adam = isinstance(getattr(optimizer, "optimizer", optimizer), torch.optim.Adam)  # within what accelerate returns
+    return {"step", "exp_avg", "exp_avg_sq"} if is_adam else {"momentum_buffer"}

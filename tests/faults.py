@@ -114,7 +114,7 @@ def training(base_folder: Path, store: Path) -> Job:
             return {}
         base, opened = load_base(base_folder), TrajectoryStore(store)
         student = adapters(base)
-        identity = _identity(SETTINGS, opened, student, None)
+        identity = _identity(SETTINGS, opened, student, None, ["torch.float32", "no"])
         _resume(folder / "checkpoints", student, optimizers(student, SETTINGS), identity)  # raises if it is damaged
         return {latest.name: _stamp(latest / "training.json")}
 
@@ -171,7 +171,7 @@ def evaluation(base_folder: Path, adapters: Path) -> Job:
     def contents(folder: Path) -> Any:
         rows = {path.name: json.loads(path.read_text()) for path in (folder / "rows").glob("[a-z]*.json")}
         for row in rows.values():
-            del row["row"]["seconds_per_image"]
+            del row["row"]["seconds_per_image"], row["checksum"]
         return rows, files(folder, ".safetensors")
 
     return Job(run, finished, contents, kills_per_run=4)

@@ -39,6 +39,16 @@ def test_a_loaded_base_is_frozen_and_quiet(dit_folder: Path, capfd: pytest.Captu
     assert base.name == str(dit_folder) and base.revision is None
 
 
+def test_a_base_that_lacks_weights_is_refused(dit_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(dit_folder, tmp_path / "base")
+    file = tmp_path / "base" / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights.pop(next(name for name in weights if "transformer_blocks.1" in name))
+    save_file(weights, file)
+    with pytest.raises(BaseModelError, match=r"is incomplete: its transformer lacks weights"):
+        load_base(tmp_path / "base")
+
+
 def test_known_names_are_pinned_where_the_default_would_be_pickled() -> None:
     assert KNOWN_BASES["dit-xl-2-256"].source == "facebook/DiT-XL-2-256"
     assert KNOWN_BASES["dit-xl-2-256"].revision == "refs/pr/1"

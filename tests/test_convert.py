@@ -333,6 +333,11 @@ def test_a_bad_factor_is_refused(dit_base: DiTBase, tmp_path: Path, scale_multip
         ("cfg_mult: .nan", "gives cfg_mult: nan"),
         ("cfg_mult: many", "gives cfg_mult: 'many'"),
         ("cfg_mult: true", "gives cfg_mult: True"),
+        ("cfg_mult: [1]", "gives cfg_mult: 'a list'"),
+        (
+            "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40)) + "arch: *a39",
+            "arch: 'a list'",
+        ),
         ("- 1\n- 2", "holds a list, expected settings by name"),
         ("a: [", "is not valid YAML"),
         ("cfg_mult: !!python/object/apply:os.system ['touch exploded']", "is not valid YAML"),

@@ -438,7 +438,7 @@ def test_a_measurement_that_was_cut_off_is_made_again_and_a_damaged_one_is_named
     note.unlink()  # the latents are written first
     assert torch.equal(measure(dit_base, CFG(3.0), reference, keep=tmp_path).latents, whole.latents)
     assert {path.name for path in tmp_path.iterdir()} == {note.name, latents.name, f".{note.name}.lock"}
-    for damaged in (kept.replace('"row"', '"wor"'), kept.replace('"fd"', '"df"'), kept[:-20]):
+    for damaged in (kept.replace('"row"', '"wor"'), kept.replace('"fd": ', '"fd": 1'), kept[:-20]):
         note.write_text(damaged)
         with pytest.raises(AGDError, match="cfg-3-seed0"):
             measure(dit_base, CFG(3.0), reference, keep=tmp_path)
@@ -658,6 +658,11 @@ REFUSED: dict[str, tuple[str, Any, str]] = {
     "npz of text": ("r.npz", npz(mu=np.array(["a"]), sigma=np.eye(6)), "damaged"),
     "npz of other size": ("r.npz", npz(mu=np.zeros(7), sigma=np.eye(7)), r"shapes \(7,\).*from another extractor"),
     "npz of odd covariance": ("r.npz", npz(mu=np.zeros(6), sigma=np.zeros(6)), "from another extractor"),
+    "npz of much more": (
+        "r.npz",
+        lambda path: np.savez_compressed(path, mu=np.zeros(10**6)),
+        "unpacks to 8,000,128 bytes",
+    ),
     "npz with nan": ("r.npz", npz(mu=np.full(6, np.nan), sigma=np.eye(6)), "holds NaN"),
     "broken npz": ("r.npz", lambda path: path.write_bytes(b"PK\x03\x04 not a zip"), "damaged"),
     "missing file": ("r.npz", lambda path: None, "does not exist"),
@@ -711,6 +716,13 @@ def test_a_folder_of_few_or_damaged_images_is_refused(images: Path, tmp_path: Pa
     (tmp_path / "copy" / "class1" / "7.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(EvaluationError, match=r"7\.png is damaged"):
         load_reference(tmp_path / "copy", MeanColours())
+    for side, message in (
+        (5_000, r"7\.png has 5000 x 5000 pixels, expected at most 16,777,216"),
+        (20_000, "7.png is damaged"),
+    ):
+        Image.new("1", (side, side)).save(tmp_path / "copy" / "class1" / "7.png")
+        with pytest.raises(EvaluationError, match=message):
+            load_reference(tmp_path / "copy", MeanColours())
 
 
 # Extractors --------------------------------------------------------------------------------------------------------

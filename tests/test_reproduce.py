@@ -167,6 +167,22 @@ def test_a_notebook_whose_product_is_gone_is_not_finished(
     assert "what it had made is not there any more: adapters" in capsys.readouterr().out
 
 
+def test_a_damaged_note_is_named_and_a_product_that_is_a_link_goes_without_what_it_leads_to(
+    tmp_path: Path, notebooks: Path
+) -> None:
+    toy(notebooks, "01_first", "pass")
+    lane, root = (Notebook("01_first", makes=("adapters",)),), tmp_path / "runs"
+    reproduce(profile(), lane, root, notebooks)
+    (tmp_path / "elsewhere").mkdir()
+    (root / "toy" / "adapters").symlink_to(tmp_path / "elsewhere")
+    reproduce(profile(size=5), lane, root, notebooks)
+    assert (tmp_path / "elsewhere").is_dir() and not (root / "toy" / "adapters").exists()
+    note = root / "toy" / "notebooks" / "01_first.started.json"
+    note.write_text(note.read_text()[:-5])
+    with pytest.raises(ReproduceError, match=r"01_first\.started\.json is not valid JSON"):
+        reproduce(profile(size=6), lane, root, notebooks)
+
+
 def test_products_are_cleared_when_inputs_change_and_kept_when_they_do_not(tmp_path: Path, notebooks: Path) -> None:
     root = tmp_path / "runs"
 
@@ -350,9 +366,10 @@ def test_the_profile_of_a_base_model_of_ones_own_tells_its_lane(tmp_path: Path) 
     assert (
         load_profile("cpu", "me/own", path).lane == "sd21" and "lane" not in load_profile("cpu", "o", path).parameters
     )
-    path.write_text(f"{costs}lane: flux\n")
-    with pytest.raises(ReproduceError, match="gives lane: 'flux', expected one of: dit, sd21, sdxl"):
-        load_profile("cpu", "me/own", path)
+    for lane, told in (("flux", "'flux'"), ("[]", r"\[\]")):
+        path.write_text(f"{costs}lane: {lane}\n")
+        with pytest.raises(ReproduceError, match=f"gives lane: {told}, expected one of: dit, sd21, sdxl"):
+            load_profile("cpu", "me/own", path)
 
 
 def test_an_unknown_profile_lists_those_that_exist() -> None:

@@ -326,6 +326,13 @@ def test_a_process_may_hold_a_folder_twice_and_lets_go_when_both_are_gone(tmp_pa
     _lock_elsewhere(tmp_path / "store")
 
 
+def test_a_folder_is_locked_by_whatever_name_it_is_called(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "alias").symlink_to(tmp_path / "store")
+    with lock_folder(tmp_path / "store"), pytest.raises(FolderInUseError):
+        _lock_elsewhere(tmp_path / "alias")
+
+
 def _lock_elsewhere(folder: Path) -> None:
     """Raises what locking raises in another process."""
     code = "import sys, agd_lib.storage as s, pathlib; s.lock_folder(pathlib.Path(sys.argv[1]))"

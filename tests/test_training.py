@@ -532,8 +532,26 @@ def cut_first(tensors: dict[str, torch.Tensor]) -> None:
     tensors[name] = tensors[name][:1].clone()
 
 
-@pytest.mark.parametrize("harm", [rename_first, cut_first])
-@pytest.mark.parametrize("name", ["adapters.safetensors", "optimizer.safetensors"])
+def halve_all(tensors: dict[str, torch.Tensor]) -> None:
+    tensors |= {name: value.double() for name, value in tensors.items()}
+
+
+def drop_one(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors[next(iter(tensors))]
+
+
+@pytest.mark.parametrize(
+    ("name", "harm"),
+    [
+        ("adapters.safetensors", rename_first),
+        ("adapters.safetensors", cut_first),
+        ("optimizer.safetensors", rename_first),
+        ("optimizer.safetensors", cut_first),
+        ("optimizer.safetensors", halve_all),
+        ("optimizer.safetensors", drop_one),
+        ("optimizer.safetensors", dict.clear),
+    ],
+)
 def test_a_checkpoint_of_other_tensors_is_refused_whatever_its_checksums_say(
     dit_folder: Path, store: TrajectoryStore, uninterrupted: Any, tmp_path: Path, name: str, harm: Any
 ) -> None:
@@ -546,6 +564,24 @@ def test_a_checkpoint_of_other_tensors_is_refused_whatever_its_checksums_say(
     edit(sha256=checksums | {name: sha256(newest / name)})(newest / "training.json")
     with pytest.raises(CheckpointError, match=r"step-0000009 holds .* of other adapters: remove it"):
         run(dit_folder, store, checkpoints=tmp_path / "run")
+
+
+def test_a_checkpoint_that_is_a_link_is_refused(
+    dit_folder: Path, store: TrajectoryStore, uninterrupted: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "step-0000009").symlink_to(uninterrupted[0] / "step-0000009")
+    with pytest.raises(CheckpointError, match="step-0000009 is a link"):
+        run(dit_folder, store, checkpoints=tmp_path / "run")
+
+
+def test_a_run_in_another_precision_is_not_continued(
+    dit_folder: Path, store: TrajectoryStore, uninterrupted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = load_base(dit_folder, dtype=torch.bfloat16)
+    monkeypatch.setitem(store.manifest, "base_fingerprint", base.fingerprint())
+    with pytest.raises(CheckpointError, match=r"is of a run with another .*precision; continue"):
+        next(train(base, some_adapters(base), store, QUICK, uninterrupted[0]))
 
 
 @pytest.mark.parametrize(

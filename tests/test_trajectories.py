@@ -876,6 +876,17 @@ def test_shards_that_are_whole_but_not_listed_are_taken_and_damaged_ones_are_mad
     assert contents(tmp_path / "store") == contents(collected)
 
 
+def test_shards_of_another_run_do_not_enter_where_the_manifest_is_lost(
+    base: DiTBase, collected: Path, tmp_path: Path
+) -> None:
+    other = collect(base, a_plan(seed=7), tmp_path / "store", progress=False).manifest["shards"]
+    for number, entry in enumerate(other):
+        (tmp_path / "store" / f"shard-0000{number}.json").write_text(json.dumps(entry))
+    (tmp_path / "store" / "manifest.json").unlink()
+    collect(base, a_plan(), tmp_path / "store", batch_size=2, progress=False)
+    assert contents(tmp_path / "store") == contents(collected)
+
+
 def test_a_note_that_a_killed_run_left_beside_its_finished_store_is_removed(
     base: DiTBase, collected: Path, tmp_path: Path
 ) -> None:
