@@ -180,3 +180,7 @@ def test_reproduce(dit_folder: Path, tmp_path: Path, small_disk: SmallDisk, room
     with pytest.raises(AGDError, match=r"No space left on device"):
         job.run(small_disk.path)
     assert not job.finished(small_disk.path)
+    if room:
+        small_disk.make_room()
+        job.run(small_disk.path)
+        assert len(job.finished(small_disk.path)) == 2

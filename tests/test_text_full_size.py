@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+
 import full_size_models
 import pytest
 import torch
 
-from agd_lib import AdapterSet
+from agd_lib import AdapterSet, memory
 from agd_lib.adapters import ADAPTERS
 from agd_lib.base_models import BaseModel, StableDiffusionBase, StableDiffusionXLBase, count_flops
-from agd_lib.memory import (
-    GIB,
-    MemorySettings,
-    collection_memory,
-    decoding_memory,
-    encoding_memory,
-    training_memory,
-)
+from agd_lib.memory import GIB, MemorySettings, training_memory
 from agd_lib.project import ROOT
 from agd_lib.reproduce import load_profile
+
+# profiles ask the same of one model again and again
+collection_memory, encoding_memory, decoding_memory = map(
+    functools.cache, (memory.collection_memory, memory.encoding_memory, memory.decoding_memory)
+)
 
 
 @pytest.fixture(scope="module")
