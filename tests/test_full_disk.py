@@ -51,11 +51,11 @@ class SmallDisk:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
-    """512 KiB, or the test is skipped."""
+    """4 MiB, or the test is skipped."""
     path = tmp_path / "disk"
     path.mkdir()
     try:
-        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", path], capture_output=True)
+        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", path], capture_output=True)
     except FileNotFoundError:
         pytest.skip("there is no mount command here")
     if mounted.returncode:
