@@ -527,12 +527,14 @@ def test_an_old_handle_does_not_unload_newer_adapters(sd: StableDiffusionPipelin
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_half_precision_pipeline_with_adapters_in_float32(xl: StableDiffusionXLPipeline, dtype: torch.dtype) -> None:
-    adapters = trained(xl)
-    load_agd(xl, adapters)
-    expected, unguided = run(xl, 3.0), run(xl, 1.0)
-    xl.to(dtype)
-    guided = run(xl, 3.0)
+@pytest.mark.parametrize("kind", [StableDiffusionPipeline, StableDiffusionXLPipeline], ids=["sd", "sdxl"])
+def test_a_half_precision_pipeline_with_adapters_in_float32(kind: Any, dtype: torch.dtype, tmp_path: Path) -> None:
+    pipe = build(kind, tmp_path)
+    adapters = trained(pipe)
+    load_agd(pipe, adapters)
+    expected, unguided = run(pipe, 3.0), run(pipe, 1.0)
+    pipe.to(dtype)
+    guided = run(pipe, 3.0)
     assert guided.dtype == dtype and next(adapters.parameters()).dtype == torch.float32
     error, effect = (guided.float() - expected).std(), (expected - unguided).std()
     assert error < 0.3 * effect
@@ -737,6 +739,8 @@ def test_adapters_of_another_model_are_refused(sd: StableDiffusionPipeline, xl: 
 def test_bad_paths_are_refused(sd: StableDiffusionPipeline, tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="no such folder, and not a hub id"):
         load_agd(sd, str(tmp_path / "nothing"))
+    with pytest.raises(TypeError, match="got adapters of type NoneType, expected a folder, a hub id, or an AdapterSet"):
+        load_agd(sd, None)  # type: ignore[arg-type]
     load_agd(sd, trained(sd))
     expected = run(sd, 3.0)
     with pytest.raises(AdapterError, match="no adapter config"):
