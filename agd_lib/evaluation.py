@@ -22,7 +22,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from accelerate.state import PartialState
-from accelerate.utils import gather_object
 from safetensors import safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -451,8 +450,9 @@ def evaluate(
 ) -> Evaluation:
     """Sample ``n`` images, conditions in turn, and measure them. Images are not kept in memory, features are.
 
-    With ``accelerate launch`` (``torchrun`` on CPUs) the processes share out the batches, and each gets the whole result; there
-    must be at least as many batches as processes. Seconds are the processes' own, for encoding and sampling their own images.
+    With ``accelerate launch`` (``torchrun`` on CPUs) the processes share out the batches and pass them on in ``keep``, a folder
+    that all of them see: the main process measures, and each gets the whole result. There must be at least as many batches as
+    processes. Seconds are the processes' own, for encoding and sampling their own images.
 
     Args:
         reference: made with the same extractor.
@@ -501,6 +501,11 @@ def evaluate(
     label = f"{kind} {scale:g}" if adapter is None else f"{kind} {adapter} {scale:g}"
     processes = PartialState(cpu=base.device.type == "cpu")
     starts = range(0, n, batch_size)
+    if batches is None and processes.num_processes > 1:
+        raise ValueError(
+            f"got no folder to keep measurements in for {processes.num_processes} processes, expected keep=one that all see: "
+            "they pass on their images in it"
+        )
     if len(starts) < processes.num_processes:
         raise ValueError(
             f"got {n} images in batches of {batch_size} for {processes.num_processes} processes, expected a batch for each"
@@ -520,8 +525,25 @@ def evaluate(
                     write_tensors(path, batch | {"checksum": _checksum(batch)})
             mine[start] = batch
             bar.update(len(asked))
-        found = dict(gather_object(list(mine.items()))) if processes.num_processes > 1 else mine
-        parts = [found[start] for start in starts]
+        processes.wait_for_everyone()
+        if not processes.is_main_process:
+            processes.wait_for_everyone()  # until the main process has measured
+            kept = _read_kept(file, inputs)
+            if kept is None:
+                raise EvaluationError(
+                    f"the main process kept nothing at {file}: expected a folder that all processes see"
+                )
+            return kept
+        for start in (start for start in starts if start not in mine):  # other processes' batches
+            shape = (min(batch_size, n - start), *base.latent_shape)
+            path = batches and batches / f"batch-{start:07d}.safetensors"
+            batch = None if path is None else _kept_batch(path, shape, extractor)
+            if batch is None:
+                raise EvaluationError(
+                    f"images from {start} on are missing in {batches}: expected a folder that all processes see"
+                )
+            mine[start] = batch
+        parts = [mine[start] for start in starts]
         final, all_features = (torch.cat([part[name] for part in parts]) for name in ("latents", "features"))
         shown = [part["shown"] for part in parts if "shown" in part]
         passes, seconds = (sum(float(part[name]) for part in parts) for name in ("passes", "seconds"))
@@ -559,14 +581,13 @@ def evaluate(
             kd=kd,
         )
         if batches is not None:
-            if processes.is_main_process:
-                file.unlink(missing_ok=True)  # first, so that it never stands beside latents of another measurement
-                kept_latents = file.with_suffix(".safetensors")
-                write_tensors(kept_latents, {"latents": final})
-                measured = {"inputs": inputs, "row": asdict(row), "latents_sha256": sha256(kept_latents)}
-                write_json(file, measured | {"checksum": key_of(measured)})
-                shutil.rmtree(batches, ignore_errors=True)
-            processes.wait_for_everyone()  # the next measurement reads it in all processes or in none
+            file.unlink(missing_ok=True)  # first, so that it never stands beside latents of another measurement
+            kept_latents = file.with_suffix(".safetensors")
+            write_tensors(kept_latents, {"latents": final})
+            measured = {"inputs": inputs, "row": asdict(row), "latents_sha256": sha256(kept_latents)}
+            write_json(file, measured | {"checksum": key_of(measured)})
+            shutil.rmtree(batches, ignore_errors=True)
+        processes.wait_for_everyone()
     return Evaluation(row, final)
 
 

@@ -297,12 +297,13 @@ class Dying(MeanColours):  # ends the second process at its second batch
 found = evaluate(base, CFG(2.0), the_reference(), Dying(), **options)
 with open(f"{sys.argv[2]}-{processes.process_index}.json", "w") as file:
     json.dump([found.row.fd, found.row.nfe, found.row.condition_accuracy, found.latents.tolist()], file)
-try:
-    evaluate(base, CFG(2.0), the_reference(), MeanColours(), **options | {"batch_size": 22, "keep": None})
-except ValueError as error:
-    assert "expected a batch for each" in str(error)
-else:
-    raise AssertionError("a process without images was not refused")
+for change, message in (({"batch_size": 22}, "expected a batch for each"), ({"keep": None}, "expected keep=one that all see")):
+    try:
+        evaluate(base, CFG(2.0), the_reference(), MeanColours(), **options | {"seed": 6} | change)
+    except ValueError as error:
+        assert message in str(error)
+    else:
+        raise AssertionError("was not refused: " + message)
 """
 
 
