@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import itertools
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -277,8 +277,11 @@ def training_step(student: Student, batch_size: int, tracker: LiveStorages) -> i
 
 def settings_that_fit(
     base: BaseModel, adapters: AdapterSet, batch_size: int, gpu_memory: float | None = None
-) -> list[Prediction]:
+) -> Iterator[Prediction]:
     """The settings with which training fits a card, the fastest first; among equals, those that change least come first.
+
+    They are predicted one after another: whoever wants the fastest alone, ``next(settings_that_fit(...), None)``, need not
+    wait for the rest.
 
     Args:
         base, adapters, batch_size: see :func:`training_memory`.
@@ -290,17 +293,22 @@ def settings_that_fit(
     gpu_memory = gpu_memory_gib() if gpu_memory is None else gpu_memory
     if gpu_memory <= 0:
         raise ValueError(f"got {gpu_memory:g} GiB of a GPU's memory, expected more: pass gpu_memory, such as 24")
-    predictions = []
-    for dtype, gradient_checkpointing in itertools.product((torch.float32, torch.bfloat16), (False, True)):
+    _check_batch_size(batch_size)
+    return _settings_that_fit(base, adapters, batch_size, gpu_memory)
+
+
+def _settings_that_fit(
+    base: BaseModel, adapters: AdapterSet, batch_size: int, gpu_memory: float
+) -> Iterator[Prediction]:
+    # checkpointing computes more; dtype and offloading do not
+    for gradient_checkpointing, dtype in itertools.product((False, True), (torch.float32, torch.bfloat16)):
         on_device = training_memory(base, adapters, batch_size, MemorySettings(dtype, gradient_checkpointing))
         offloaded = replace(
             on_device,
             settings=replace(on_device.settings, offload=True),
             memory=replace(on_device.memory, other_models=0),
         )
-        predictions += [on_device, offloaded]
-    fitting = [prediction for prediction in predictions if prediction.memory.fits(gpu_memory)]
-    return sorted(fitting, key=lambda prediction: prediction.flops)  # a stable sort
+        yield from (prediction for prediction in (on_device, offloaded) if prediction.memory.fits(gpu_memory))
 
 
 def collection_memory(base: BaseModel, batch_size: int, settings: MemorySettings | None = None) -> Prediction:

@@ -503,7 +503,7 @@ def test_a_config_number_that_overflows_is_refused(saved: Path, name: str, numbe
     text = re.sub(rf'"{name}": (\[[^]]*\]|[^,]*)', f'"{name}": {value}', text)
     assert number in text
     (saved / CONFIG_NAME).write_text(text)
-    with pytest.raises(AdapterError, match=f"{name} is "):
+    with pytest.raises(AdapterError, match=r"config.json is not valid JSON .*1e999 is larger than any number"):
         AdapterSet.from_pretrained(saved)
 
 

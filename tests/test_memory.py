@@ -258,7 +258,8 @@ def test_settings_that_fit_are_the_fastest_first(tmp_path: Path, monkeypatch: py
     base = small_base("dit", tmp_path, sample_size=16)
     adapters = adapters_for(base)
     monkeypatch.setattr(memory, "RESERVED", 0.0)
-    everything = settings_that_fit(base, adapters, 16, gpu_memory=1)
+    everything = list(settings_that_fit(base, adapters, 16, gpu_memory=1))
+    assert everything == sorted(everything, key=lambda prediction: prediction.flops)
     assert len(everything) == 8 and everything[0].settings == MemorySettings()
     assert [p.settings.gradient_checkpointing for p in everything] == [False] * 4 + [True] * 4
     plain, checkpointed = everything[0], everything[4]
@@ -266,7 +267,7 @@ def test_settings_that_fit_are_the_fastest_first(tmp_path: Path, monkeypatch: py
     least = min(prediction.memory.total for prediction in everything)
     (only,) = settings_that_fit(base, adapters, 16, gpu_memory=least / GIB)
     assert only.settings == MemorySettings(torch.bfloat16, gradient_checkpointing=True, offload=True)
-    assert settings_that_fit(base, adapters, 16, gpu_memory=0.99 * least / GIB) == []
+    assert next(settings_that_fit(base, adapters, 16, gpu_memory=0.99 * least / GIB), None) is None
     monkeypatch.setattr(memory, "gpu_memory_gib", lambda: 0.0)
     with pytest.raises(ValueError, match="pass gpu_memory"):
         settings_that_fit(base, adapters, 16)
