@@ -697,7 +697,7 @@ def _read_kept(file: Path, inputs: dict[str, Any]) -> Evaluation | None:
     whole = checksum == key_of(value) and value.get("latents_sha256") == sha256(path)
     if not whole or latents is None:
         raise EvaluationError(f"the measurement {file} is damaged: remove it")
-    return Evaluation(row_from_dict(value["row"], str(file)), latents)
+    return Evaluation(row_from_dict(value.get("row"), str(file)), latents)
 
 
 def endpoint_mse_ratio(latents: Tensor, unguided_latents: Tensor, cfg_latents: Tensor) -> float:
