@@ -205,7 +205,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
                 raise AdapterError(f"{candidate} holds a {type(settings).__name__}, expected settings by name")
             # only plain values are read, and told in messages: nested ones can say in a line what fills a disk
             return {
-                str(name): value if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
+                name: value if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
                 for name, value in settings.items()
                 if isinstance(name, str)
             }

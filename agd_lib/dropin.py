@@ -66,8 +66,8 @@ def load_agd(pipeline: Any, adapters: str | Path | AdapterSet, revision: str | N
     The ``guidance_scale`` of a call goes to the adapters. It is, as before, a number, by default the pipeline's own
     default; it may also be one number per prompt or per image (a sequence or a tensor; images of a prompt are next to
     each other), or a function of the timestep (an int from ``num_train_timesteps - 1`` down to 0) that returns either, such
-    as :class:`~agd_lib.guidance.GuidanceInterval`. As in diffusers' own pipelines less than 1 is
-    no guidance either, and the same as 1. A scale should be in the range that the adapters were trained on: outside it a call warns.
+    as :class:`~agd_lib.guidance.GuidanceInterval`. Less than 1 is the same as 1, as in diffusers' own pipelines. A scale should
+    be in the range that the adapters were trained on: outside it a call warns.
 
     What only a second pass can do is refused, by a ``ValueError``: negative prompts (empty ones are fine; adapters that were
     trained to see negative prompts take ``negative_prompt`` or ``negative_prompt_embeds``) and ``guidance_rescale``; so are

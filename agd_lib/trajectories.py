@@ -276,9 +276,8 @@ def _begin(conditions: Condition, folder: Path, header: dict[str, Any]) -> None:
         _list_shards(folder)
         _store_of(folder, header)  # looked at again, now that nobody else can change it
     else:
-        for note in folder.glob(
-            "shard-*.json"
-        ):  # of a store whose manifest is lost: nothing tells how it was collected
+        # notes of a store whose manifest is lost: nothing tells how its shards were collected
+        for note in folder.glob("shard-*.json"):
             note.unlink()
         write_tensors(folder / CONDITIONS, conditions)
         _write_manifest(folder, {**header, "shards": [], "conditions_sha256": sha256(folder / CONDITIONS)})
