@@ -658,9 +658,13 @@ class TrajectoryStore:
 
 
 def predicted_size(base: BaseModel, plan: CollectionPlan) -> int:
-    """Bytes that the recorded states will take on disk, without the conditions."""
+    """Bytes that a store will take on disk: its recorded states and its encoded conditions, without headers and manifest."""
     values = math.prod(base.latent_shape)
-    return plan.num_trajectories * plan.kept_steps * (2 * values * _DTYPES[plan.dtype].itemsize + 8 + 4 + 8 + 4)
+    states = plan.num_trajectories * plan.kept_steps * (2 * values * _DTYPES[plan.dtype].itemsize + 8 + 4 + 8 + 4)
+    encoded = sum(value.nbytes for value in base.blank_condition(1).values())
+    if any(isinstance(condition, tuple) for condition in plan.conditions):
+        encoded *= 2  # a negative prompt takes as much as its prompt
+    return states + len(plan.conditions) * encoded
 
 
 def mean_over_timesteps(

@@ -73,7 +73,7 @@ def test_sampling_and_collection_scale_with_their_forward_passes(dit_base: DiTBa
     plan = CollectionPlan(conditions=(0, 1), num_trajectories=30, num_inference_steps=10, steps_per_trajectory=4)
     expected = Cost(2 * 30 * 10 / 8, predicted_size(dit_base, plan))
     assert collection_cost(dit_base, plan, batch_size=8) == expected
-    assert expected.disk_bytes == 30 * 4 * (2 * 4 * 8 * 8 * 2 + 24)
+    assert expected.disk_bytes == 30 * 4 * (2 * 4 * 8 * 8 * 2 + 24) + 2 * 8  # states, and class labels
 
 
 def test_training_cost_scales_with_the_steps_and_changes_no_weights(dit_base: DiTBase, clock: None) -> None:

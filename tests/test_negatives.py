@@ -35,6 +35,7 @@ from agd_lib.influence import influence_of
 from agd_lib.negatives import NegativeRow, left_open, negatives_table, read_negatives, shows, training_pairs
 from agd_lib.sampling import SamplingRun, endpoint, noise_generators
 from agd_lib.scenes import Asked, AskedObject, asked, draw_scene, in_words, read_caption, shown
+from agd_lib.trajectories import predicted_size
 
 # diffusers 0.42.1 on NumPy 2, in EulerDiscreteScheduler
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
@@ -170,6 +171,8 @@ def test_training_reads_negative_prompts_from_the_store(base: StableDiffusionBas
     """And the store holds what CFG with them predicted."""
     plan = CollectionPlan(tuple(PAIRS), 4, (4.0, 4.0), num_inference_steps=4, steps_per_trajectory=1, dtype="float32")
     store = collect(base, plan, tmp_path / "store")
+    tensors = sum(path.stat().st_size for path in store.folder.glob("*.safetensors"))
+    assert 0 <= tensors - predicted_size(base, plan) <= (plan.num_shards + 1) * 1024
     batch = store.batch(torch.arange(len(store)))
     for row in range(len(store)):
         condition = {name: value[row : row + 1] for name, value in batch.condition.items()}

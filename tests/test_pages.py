@@ -160,6 +160,12 @@ def test_links_lead_somewhere(page: str) -> None:
 
 
 LATENTS = {"DiT-XL/2 256": 4 * 32 * 32, "SD 2.1 768": 4 * 96 * 96, "SDXL 1024": 4 * 128 * 128}
+CONDITIONS = {
+    "DiT-XL/2 256": 1_000 * 8,
+    "SD 2.1 768": 500 * 77 * 1_024 * 4,
+    "SDXL 1024": 500 * (77 * 2_048 + 1_280 + 6) * 4,
+}
+"""Bytes of all encoded conditions in float32: classes, or 500 prompts of 77 tokens."""
 
 
 def test_what_the_papers_runs_cost_follows_from_their_operations_and_bytes() -> None:
@@ -180,8 +186,8 @@ def test_what_the_papers_runs_cost_follows_from_their_operations_and_bytes() -> 
         assert collection_hours == round(hours[0]) and training_hours == round(hours[1], 1)
         assert eight == [round(hours[0] / 8, 1), round(hours[1] / min(8, batch), 1)]
         bytes_of_a_state = 2 * 2 * LATENTS[name] + 24
-        assert stored == round(batch * updates * bytes_of_a_state / 1e9, 1)
-        assert whole == round(trajectories * steps * bytes_of_a_state / 1e9)
+        assert stored == round((batch * updates * bytes_of_a_state + CONDITIONS[name]) / 1e9, 1)
+        assert whole == round((trajectories * steps * bytes_of_a_state + CONDITIONS[name]) / 1e9)
 
 
 def test_what_the_thrifty_runs_cost_follows_from_their_operations() -> None:

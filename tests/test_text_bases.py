@@ -44,7 +44,7 @@ from agd_lib.attach import find_adapters
 from agd_lib.base_models import _SINGLE_FILES, KNOWN_BASES, SamplingRun, StableDiffusionBase, StableDiffusionXLBase
 from agd_lib.errors import AdapterError, BaseModelError
 from agd_lib.evaluation import reference_from_features, time_side_by_side
-from agd_lib.trajectories import noised_data_states
+from agd_lib.trajectories import noised_data_states, predicted_size
 
 # diffusers 0.42.1 on NumPy 2, in EulerDiscreteScheduler
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
@@ -774,6 +774,8 @@ def test_collect_and_train(base: StableDiffusionBase, tmp_path: Path, kind: str)
     plan = CollectionPlan(tuple(PROMPTS), 6, (1.0, 8.0), 3, steps_per_trajectory=2, trajectories_per_shard=3)
     store = collect(base, plan, tmp_path / "store", batch_size=2, progress=False)
     assert store.complete and len(store) == 12
+    tensors = sum(path.stat().st_size for path in store.folder.glob("*.safetensors"))
+    assert 0 <= tensors - predicted_size(base, plan) <= (plan.num_shards + 1) * 1024
     expected = base.encode(PROMPTS)
     assert store.conditions.keys() == expected.keys()
     batch = store.batch(torch.arange(12))

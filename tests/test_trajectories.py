@@ -801,8 +801,8 @@ def test_predicted_size_is_the_size_on_disk_but_for_headers(
 ) -> None:
     plan = a_plan(**changes)
     store = collect(base, plan, tmp_path, progress=False)
-    shards = sum(path.stat().st_size for path in tmp_path.glob("shard-*"))
-    assert 0 <= shards - predicted_size(base, plan) <= plan.num_shards * 1024
+    tensors = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
+    assert 0 <= tensors - predicted_size(base, plan) <= (plan.num_shards + 1) * 1024
     assert store.size_on_disk() == sum(len(data) for data in contents(tmp_path).values())
 
 
