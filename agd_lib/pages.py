@@ -243,6 +243,7 @@ PAGES: dict[str, dict[str, Callable[[Path], str]]] = {
         "tiny-dit-weighting": recipe_table,
         "tiny-dit-noisiest": recipe_table,
         "tiny-sd21-sites": recipe_table,
+        "tiny-sdxl-sites": recipe_table,
         "tiny-dit-inputs": recipe_table,
         "tiny-sd21-transfer": transfer_table,
     },
