@@ -18,7 +18,7 @@ from agd_lib.base_models import load_base
 from agd_lib.cycles import has_fast_bfloat16
 from agd_lib.study import PLANS, training_conditions
 from agd_lib.training import TrainingSettings, train
-from agd_lib.trajectories import CollectionPlan, TrajectoryStore, collect
+from agd_lib.trajectories import CollectionPlan, TrajectoryBatch, TrajectoryStore, collect
 
 BATCH, STEPS = 64, 5
 
@@ -67,4 +67,31 @@ def test_training(benchmark: Any, store_comparisons: Rows, tmp_path: Path, name:
         BATCH * STEPS,
         steps_of(name, store, half, compiled),
         steps_of(name, store, half=False, compiled=False),
+    )
+
+
+class OneBatch(TrajectoryStore):
+    """Gives the batch that it gave first to whoever asks for one: the store that training never waits for."""
+
+    def batch(self, indices: torch.Tensor) -> TrajectoryBatch:
+        if not hasattr(self, "first"):
+            self.first = super().batch(indices)
+        return self.first
+
+
+@pytest.mark.parametrize("name", list(PLANS))
+def test_reading_while_training(benchmark: Any, store_comparisons: Rows, tmp_path: Path, name: str) -> None:
+    """Training that reads its batches from the store, against steps on one batch in memory: what is lost by waiting."""
+    base, trajectories = load_base(name), 640
+    conditions = training_conditions(base, trajectories)
+    plan = CollectionPlan(conditions, trajectories, PLANS[name].guidance_range, num_inference_steps=5)
+    store, half = collect(base, plan, tmp_path / "store"), has_fast_bfloat16()
+    compare(
+        benchmark,
+        store_comparisons,
+        f"training on {name}, its batches read (left: kept in memory)",
+        "states/s",
+        BATCH * STEPS,
+        steps_of(name, store, half, compiled=True),
+        steps_of(name, OneBatch(store.folder), half, compiled=True),
     )
