@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -86,25 +87,41 @@ def test_the_code_for_strength(tmp_path: Path) -> None:
     assert gains[0] > 1.15 and gains[4:] == (1.0,) * 6
 
 
-def test_the_code_for_several_processes(tmp_path: Path) -> None:
+def free_port() -> str:
+    """Of this machine."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate launch"])
+def test_the_code_for_several_processes(tmp_path: Path, launcher: str) -> None:
     sizes = (
         ("runs/many", str(tmp_path)),
         ("num_trajectories=4000, trajectories_per_shard=64", "num_trajectories=4, trajectories_per_shard=1"),
         ("num_steps=2000", "num_steps=2"),
         ("n=2000, batch_size=50", "n=80, batch_size=40"),
     )
-    (tmp_path / "distil.py").write_text(code_with(sizes))
-    (line,) = re.findall(r"^torchrun (.*) distil.py", README, re.MULTILINE)
-    finished = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *line.split(), str(tmp_path / "distil.py")],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert finished.returncode == 0, finished.stderr[-3000:]
-    assert finished.stdout.count("Row(base='tiny-dit', guidance='agd'") == 1
+    script = tmp_path / "distil.py"
+    script.write_text(code_with(sizes))
+    (line,) = re.findall(rf"^{launcher} (.*) distil.py", README, re.MULTILINE)
+    if launcher == "torchrun":
+        commands = [[sys.executable, "-m", "torch.distributed.run", *line.split(), str(script)]]
+    else:  # without MPI it starts one process on a CPU, which is told by the environment which one it is
+        accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--main_process_port", free_port()]
+        commands = [[*accelerate, "--num_processes", "2", str(script)]] * 2
+    outputs = [tmp_path / f"{rank}.txt" for rank in range(len(commands))]
+    processes = []
+    for rank, (command, output) in enumerate(zip(commands, outputs)):
+        ranks = {} if len(commands) == 1 else {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+        environment = os.environ | {"OMP_NUM_THREADS": "1"} | ranks
+        with output.open("w") as text:
+            started = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=text, stderr=subprocess.STDOUT)
+        processes.append(started)
+    ended = [process.wait(timeout=600) for process in processes]
+    printed = "".join(output.read_text() for output in outputs)
+    assert not any(ended), printed[-5000:]
+    assert printed.count("Row(base='tiny-dit', guidance='agd'") == 1
     assert AdapterSet.from_pretrained(tmp_path / "adapters").config.kind == "offset"
     assert len(list((tmp_path / "trajectories").glob("shard-*.safetensors"))) == 4
 
