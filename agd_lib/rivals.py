@@ -36,6 +36,7 @@ from .errors import AdapterError, AGDError
 from .evaluation import endpoint_mse_ratio
 from .guidance import AGD, CFG, Scale, Unguided, scale_at
 from .influence import influence_of
+from .memory import LiveStorages, training_step
 from .project import DATA
 from .recipes import HELD_OUT_PROMPTS, SETTINGS, STEPS
 from .results import Row, cell, row_from_dict, summarise
@@ -293,6 +294,17 @@ def operations_per_step(base: BaseModel, student: AdapterSet, batch_size: int = 
     return int(counter.get_total_flops()) // batch_size
 
 
+def peak_of_a_step(base: BaseModel, student: AdapterSet, batch_size: int) -> int:
+    """The most bytes that a gradient step in float32 has alive: weights, Adam's moments, gradients, activations.
+
+    The step is taken, on zeros: the student is another one then.
+    """
+    with LiveStorages() as tracker:
+        training_step(Student(base, student), batch_size, tracker)
+    sizes, _ = tracker.peak()
+    return sum(sizes.values())
+
+
 def equal_steps(competitors: Sequence[Entrant], steps: int) -> dict[str, int]:
     """Gradient steps of each that cost as many operations as ``steps`` of the first."""
     total = steps * competitors[0].operations
@@ -350,6 +362,7 @@ class Outcome:
     Attributes:
         row: its ``adapter`` is the student's name, its ``adapter_parameters`` are what was trained.
         settings: of the training. operations: floating-point operations of all of it. train_seconds: with compiling.
+        peak_bytes: see :func:`peak_of_a_step`, at the training's batch size.
         base_moved: how far the model's unguided images have moved when the student is told no scale, as a share of how
             far guidance moves them; 0: the base model is still there, to the bit.
     """
@@ -358,6 +371,7 @@ class Outcome:
     settings: TrainingSettings
     operations: int
     train_seconds: float
+    peak_bytes: int
     base_moved: float
 
 
@@ -382,7 +396,8 @@ def compare(
     )  # MSE(nothing, unguided) / MSE(CFG, unguided)
     operations = entrant.operations * settings.batch_size * settings.num_steps
     row = replace(row, base_parameters=base_parameters, adapter_parameters=student.num_parameters())
-    return Outcome(row, settings, operations, note["train_seconds"], moved)
+    peak = peak_of_a_step(base, student, settings.batch_size)
+    return Outcome(row, settings, operations, note["train_seconds"], peak, moved)
 
 
 def read_comparison(path: Path) -> tuple[list[Outcome], list[Row]]:
@@ -407,18 +422,19 @@ def read_comparison(path: Path) -> tuple[list[Outcome], list[Row]]:
 def comparison_table(outcomes: Sequence[Outcome], others: Sequence[Row]) -> str:
     """A Markdown table, mean ± standard deviation over seeds: unguided sampling and CFG first, then every student."""
     lines = [
-        "| way | trained parameters | w | NFE | endpoint error | FD | accuracy | base model moved |",
-        "|---|---|---|---|---|---|---|---|",
+        "| way | trained parameters | MiB of a training step | w | NFE | endpoint error | FD | accuracy | base model moved |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for summary in summarise([*others, *(found.row for found in outcomes)]):
         name = summary.method.removeprefix("agd ")
-        mine = [found.row for found in outcomes if found.row.adapter == name]
+        mine = [found for found in outcomes if found.row.adapter == name]
         moved = [
             found.base_moved for found in outcomes if (found.row.adapter, found.row.scale) == (name, summary.scale)
         ]
         cells = [
             f"{name} (AGD)" if name == "modulated" else name,
-            f"{mine[0].adapter_parameters:,}" if mine else "-",
+            f"{mine[0].row.adapter_parameters:,}" if mine else "-",
+            f"{mine[0].peak_bytes / 2**20:,.0f}" if mine else "-",
             f"{summary.scale:g}",
             f"{summary.nfe:g}",
             *(

@@ -332,6 +332,8 @@ def train(
     adapters.card = ""  # what it says was measured before
     _lock = lock_folder(folder) if folder and accelerator.is_main_process else None  # held until the generator ends
     start = _resume(folder, adapters, parts, identity) if folder else 0
+    if folder and accelerator.is_main_process:
+        _prune(folder)  # a run that was killed while it did so leaves an old one, or a part of it
     for step in range(start, settings.num_steps):
         if order is None:
             indices = batch_indices(len(store), settings.batch_size, step, settings.seed)
@@ -464,6 +466,11 @@ def _save(folder: Path, step: int, adapters: AdapterSet, parts: Sequence[Any], i
         write_tensors(temporary / "optimizer.safetensors", moments)
         checksums = {name: sha256(temporary / name) for name in _FILES}
         write_json(temporary / "training.json", {"step": step, "sha256": checksums, **identity})
+    _prune(folder)
+
+
+def _prune(folder: Path) -> None:
+    """Keep the newest two."""
     for old in _all(folder)[:-2]:
         remove(old)
 

@@ -25,6 +25,7 @@ from agd_lib.rivals import (
     entrants,
     equal_steps,
     operations_per_step,
+    peak_of_a_step,
     read_comparison,
 )
 from agd_lib.storage import write_json
@@ -124,6 +125,21 @@ def test_operations_are_those_of_a_sample_and_leave_no_gradients() -> None:
     assert all(weight.grad is None for weight in adapters.parameters())
 
 
+def test_the_memory_of_a_step_grows_with_what_is_trained_and_with_the_batch() -> None:
+    def peak(name: str, size: int, batch_size: int) -> tuple[int, int, int]:
+        base = load_base("tiny-dit")
+        student = Entrant(name, size, 0).make(base, 0).attach(base)
+        frozen = sum(weight.nbytes for weight in base.denoiser.parameters() if not weight.requires_grad)
+        return peak_of_a_step(base, student, batch_size), frozen, 4 * student.num_parameters()
+
+    whole, frozen, trained = peak("fine-tuned", 0, 1)
+    assert frozen == 0 and 4 * trained < whole < 4.4 * trained  # weights, two moments, gradients; an image is small
+    lora, frozen, trained = peak("lora", 4, 1)
+    assert frozen + 4 * trained < lora < 1.4 * (frozen + 4 * trained) < whole / 2
+    activations = [peak("lora", 4, batch_size)[0] - frozen - 4 * trained for batch_size in (8, 32)]
+    assert activations[1] == pytest.approx(4 * activations[0], rel=0.15)
+
+
 def test_what_was_done_is_read_and_what_it_depends_on_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,6 +156,7 @@ def test_what_was_done_is_read_and_what_it_depends_on_is_noticed(
     whole = rivals.compare("tiny-dit", tmp_path, Entrant("fine-tuned", 0, 1_000), settings, 2.0, 1, 140)
     assert whole.base_moved > 0.01
     monkeypatch.setattr(rivals, "train_compiled", lambda *arguments, **options: pytest.fail("trained again"))
+    assert whole.peak_bytes > outcome.peak_bytes > 0
     assert rivals.compare("tiny-dit", tmp_path, lora, settings, 2.0, 1, 140) == outcome
     for other in (replace(settings, learning_rate=2e-3), replace(settings, num_steps=3)):
         with pytest.raises(pytest.fail.Exception, match="trained again"):

@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from agd_lib import storage, training
 from agd_lib.attach import AdapterSet
 from agd_lib.base_models import DiTBase, count_forwards, load_base
 from agd_lib.errors import CheckpointError, StoreError
@@ -465,6 +466,25 @@ def test_the_newest_two_checkpoints_are_kept(dit_folder: Path, store: Trajectory
     run(dit_folder, store, checkpoints=tmp_path, checkpoint_every=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-0000008", "step-0000009"]
     assert sorted(path.name for path in (tmp_path / "step-0000009").iterdir()) == sorted(FILES)
+
+
+def test_an_old_checkpoint_that_a_killed_run_was_about_to_remove_is_removed(
+    dit_folder: Path, store: TrajectoryStore, uninterrupted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half_removed(path: Path) -> None:
+        if path.name == "step-0000004":
+            (path / "adapters.safetensors").unlink()
+            raise KeyboardInterrupt
+        storage.remove(path)
+
+    monkeypatch.setattr(training, "remove", half_removed)
+    with pytest.raises(KeyboardInterrupt):
+        run(dit_folder, store, checkpoints=tmp_path, checkpoint_every=4)
+    assert (tmp_path / "step-0000004").exists()
+    monkeypatch.undo()
+    run(dit_folder, store, checkpoints=tmp_path, checkpoint_every=4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-0000008", "step-0000009"]
+    assert checkpoint(tmp_path, 9) == checkpoint(uninterrupted[0], 9)
 
 
 def test_the_optimiser_has_its_moments_in_the_checkpoint(uninterrupted: Any) -> None:
