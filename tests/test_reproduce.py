@@ -20,6 +20,7 @@ import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
 import pytest
+import torch
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
 
@@ -419,26 +420,33 @@ def test_the_thrifty_profile_trains_as_the_papers_for_a_quarter_of_the_forward_p
 
 @pytest.mark.parametrize("profile_name", ["paper", "thrifty"])
 @pytest.mark.parametrize(
-    ("base", "collects", "latent_shape", "gigabytes"),
+    ("base", "collects", "latent_shape", "values_of_condition", "gigabytes"),
     [
-        ("dit-xl-2-256", "02", (4, 32, 32), 8),
-        ("sd21", "04", (4, 96, 96), 8),
-        ("sdxl", "05", (4, 128, 128), 6),
+        ("dit-xl-2-256", "02", (4, 32, 32), 1, 8),
+        ("sd21", "04", (4, 96, 96), 77 * 1024, 8),
+        ("sdxl", "05", (4, 128, 128), 77 * 2048 + 1280 + 6, 6),
     ],
 )
 def test_the_papers_runs_keep_no_more_than_training_reads(
-    profile_name: str, base: str, collects: str, latent_shape: tuple[int, int, int], gigabytes: float
+    profile_name: str,
+    base: str,
+    collects: str,
+    latent_shape: tuple[int, int, int],
+    values_of_condition: int,
+    gigabytes: float,
 ) -> None:
     """All steps of all trajectories would be 66, 74 and 131 GB in float16."""
     given = load_profile(profile_name, base).parameters_for(collects)
     kept = given["steps_per_trajectory"]
+    conditions = given.get("num_prompts") or 1_000
     plan = CollectionPlan(
-        (0,),
-        given.get("num_prompts") or 1_000 * given["trajectories_per_condition"],
+        tuple(range(conditions)),
+        conditions * given.get("trajectories_per_condition", 1),
         num_inference_steps=given["num_inference_steps"],
         steps_per_trajectory=kept if kept == "all" else int(kept),
     )
-    model: Any = SimpleNamespace(latent_shape=latent_shape)
+    encoded = {"condition": torch.empty(1, values_of_condition, device="meta")}
+    model: Any = SimpleNamespace(latent_shape=latent_shape, blank_condition=lambda batch_size: encoded)
     assert predicted_size(model, plan) < gigabytes * 1e9
     whole = replace(plan, num_inference_steps=999, steps_per_trajectory="all")
     assert predicted_size(model, whole) > 8 * gigabytes * 1e9
