@@ -252,6 +252,36 @@ def strength_table(rows: Sequence[VariantRow]) -> str:
     return "\n".join(lines)
 
 
+def sampler_table(rows: Sequence[VariantRow]) -> str:
+    """Adapters beside CFG and unguided sampling under every sampler and number of steps, as a Markdown table.
+
+    Mean ± standard deviation over seeds; the endpoint error is against CFG with the same sampler and steps.
+
+    Raises:
+        ResultsError: if a sampling lacks CFG or unguided sampling, or has more than one scale or kind of adapters.
+    """
+    lines = [
+        "| sampler | steps | FD unguided | FD of CFG | FD of AGD | accuracy of CFG | accuracy of AGD | endpoint error |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for sampler, steps in dict.fromkeys((row.variant.sampler, row.variant.steps) for row in rows):
+        mine = [row.row for row in rows if (row.variant.sampler, row.variant.steps) == (sampler, steps)]
+        found = {summary.method.split()[0]: summary for summary in summarise(mine)}
+        if len(summarise(mine)) != 3 or found.keys() != {"unguided", "cfg", "agd"}:
+            raise ResultsError(
+                f"{sampler} with {steps} steps has {[each.method for each in summarise(mine)]}, expected unguided sampling, CFG "
+                "and one kind of adapters, each at one scale"
+            )
+        cells = [
+            cell(found[method].mean[name], found[method].deviation[name], 3)
+            for name, methods in (("fd", ("unguided", "cfg", "agd")), ("condition_accuracy", ("cfg", "agd")))
+            for method in methods
+        ]
+        error = cell(found["agd"].mean["endpoint_mse_ratio"], found["agd"].deviation["endpoint_mse_ratio"], 3)
+        lines.append(f"| {sampler} | {steps} | {' | '.join(cells)} | {error} |")
+    return "\n".join(lines)
+
+
 def _where(method: str, interval: tuple[int, int] | None) -> str:
     """The timesteps at which a method guides, as tables say it."""
     if method == "unguided":

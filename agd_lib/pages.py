@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from .ablations import interval_table, read_ablation, strength_table
+from .ablations import interval_table, read_ablation, sampler_table, strength_table
 from .errors import AGDError
 from .negatives import TABLE_NOTE, negatives_table, read_negatives
 from .project import DATA, ROOT, display_path
@@ -168,6 +168,18 @@ def scales_table(path: Path) -> str:
     return (
         f"{rows[0].base}, {rows[0].steps} sampler steps, mean ± standard deviation over {len({row.seed for row in rows})} seeds of noise, with "
         f"the shipped adapters. {source(path, rows)}\n\n{markdown_table(rows)}"
+    )
+
+
+def samplers_table(path: Path) -> str:
+    """CFG and the shipped adapters under other samplers and with other numbers of steps (:mod:`agd_lib.ablations`)."""
+    found = read_ablation(path)
+    rows = [each.row for each in found]
+    scale = max(row.scale for row in rows)
+    return (
+        f"{rows[0].base}, w = {scale:g}, mean ± standard deviation over {len({row.seed for row in rows})} seeds of noise, "
+        f"{rows[0].n:,} images each, with the shipped adapters (trained on DDIM with 20 steps). The endpoint error is against CFG with the same "
+        f"sampler and steps. {source(path, rows)}\n\n{sampler_table(found)}"
     )
 
 

@@ -21,6 +21,7 @@ from agd_lib.ablations import (
     interval_table,
     measure,
     read_ablation,
+    sampler_table,
     strength_table,
     write_ablation,
 )
@@ -133,6 +134,25 @@ def test_the_table_of_strength_compares_with_the_best_of_cfg() -> None:
     ]
     with pytest.raises(ResultsError, match="no rows of CFG"):
         strength_table(rows[2:])
+
+
+def test_the_table_of_samplers_compares_within_each() -> None:
+    def row(method: str, sampler: str, steps: int, seed: int, fd: float) -> VariantRow:
+        known = read_ablation(DATA / "results" / "tiny-dit-interval.json")[0].row
+        scale = 1.0 if method == "unguided" else 2.0
+        kind, error = ("modulated", fd / 10) if method == "agd" else (None, None)
+        changed = replace(known, guidance=method, adapter=kind, scale=scale, seed=seed, fd=fd, condition_accuracy=0.9)
+        return VariantRow(Variant(scale, sampler=sampler, steps=steps), replace(changed, endpoint_mse_ratio=error))
+
+    rows = [row("unguided", "DDIM", 5, seed, 3.0) for seed in (0, 1)] + [row("unguided", "UniPC", 100, 0, 2.5)]
+    rows += [row("cfg", "DDIM", 5, 0, 1.9), row("cfg", "DDIM", 5, 1, 2.1), row("cfg", "UniPC", 100, 0, 1.5)]
+    rows += [row("agd", "DDIM", 5, seed, 2.2) for seed in (0, 1)] + [row("agd", "UniPC", 100, 0, 1.6)]
+    assert [line.split(" | ") for line in sampler_table(rows).splitlines()[2:]] == [
+        ["| DDIM", "5", "3.000 ± 0.000", "2.000 ± 0.141", "2.200 ± 0.000", *["0.900 ± 0.000"] * 2, "0.220 ± 0.000 |"],
+        ["| UniPC", "100", "2.500", "1.500", "1.600", "0.900", "0.900", "0.160 |"],
+    ]
+    with pytest.raises(ResultsError, match=r"UniPC with 100 steps has \['unguided', 'agd modulated'\], expected"):
+        sampler_table([each for each in rows if each.row.guidance != "cfg" or each.variant.sampler != "UniPC"])
 
 
 def test_the_table_of_intervals_has_the_best_scale_of_each() -> None:
