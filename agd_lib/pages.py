@@ -239,6 +239,7 @@ PAGES: dict[str, dict[str, Callable[[Path], str]]] = {
     "docs/results.md": {
         **dict.fromkeys(PLANS, results_table),
         "tiny-dit-scale": scales_table,
+        "tiny-dit-sampler": samplers_table,
         "tiny-sd21-scale": scales_table,
         "tiny-sdxl-scale": scales_table,
         "tiny-dit-rivals": rivals_table,
