@@ -243,6 +243,7 @@ PAGES: dict[str, dict[str, Callable[[Path], str]]] = {
         "tiny-sd21-scale": scales_table,
         "tiny-sdxl-scale": scales_table,
         "tiny-dit-rivals": rivals_table,
+        "tiny-sd21-rivals": rivals_table,
         "tiny-dit-strength": strengths_table,
         "tiny-sd21-strength": strengths_table,
         "tiny-sdxl-strength": strengths_table,
