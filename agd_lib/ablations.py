@@ -266,10 +266,11 @@ def sampler_table(rows: Sequence[VariantRow]) -> str:
     ]
     for sampler, steps in dict.fromkeys((row.variant.sampler, row.variant.steps) for row in rows):
         mine = [row.row for row in rows if (row.variant.sampler, row.variant.steps) == (sampler, steps)]
-        found = {summary.method.split()[0]: summary for summary in summarise(mine)}
-        if len(summarise(mine)) != 3 or found.keys() != {"unguided", "cfg", "agd"}:
+        summaries = summarise(mine)
+        found = {summary.method.split()[0]: summary for summary in summaries}
+        if len(summaries) != 3 or found.keys() != {"unguided", "cfg", "agd"}:
             raise ResultsError(
-                f"{sampler} with {steps} steps has {[each.method for each in summarise(mine)]}, expected unguided sampling, CFG "
+                f"{sampler} with {steps} steps has {[each.method for each in summaries]}, expected unguided sampling, CFG "
                 "and one kind of adapters, each at one scale"
             )
         cells = [
