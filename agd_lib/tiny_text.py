@@ -605,7 +605,7 @@ def build_tiny_text(
         save_reference(temporary / "reference.safetensors", rows, features.name)
         write_json(temporary / SETTINGS, settings)
         write_json(temporary / MEASURED, measured)
-        (temporary / "README.md").write_text(_model_card(settings, measured), encoding="utf-8")
+        (temporary / "README.md").write_text(_model_card(settings, measured, num_samples), encoding="utf-8")
         forget_paths(temporary)
 
 
@@ -681,7 +681,7 @@ def _architecture(denoiser: Denoiser) -> str:
 _TITLES: dict[ModelName, str] = {"sd21": "Stable Diffusion 2.1", "sdxl": "SDXL"}
 
 
-def _model_card(settings: Mapping[str, Any], measured: Mapping[str, Mapping[str, float]]) -> str:
+def _model_card(settings: Mapping[str, Any], measured: Mapping[str, Mapping[str, float]], num_samples: int) -> str:
     model: ModelName = settings["model"]
     cycles = ", ".join(
         f"{steps:,} (peak learning rate {rate:g}{f', {wrong:.0%} of the captions wrong' if wrong else ''})"
@@ -707,7 +707,9 @@ It predicts {_DENOISERS[model].prediction_type}; {CAPTION_DROPOUT:.0%} of the ca
 is the network that samples are measured with (`agd_lib.attributes`), `reference.safetensors` holds its features of
 {settings["num_reference"]:,} real images.
 
-Share of held-out prompts of which everything is in the picture, as the extractor reads it (samples: DDIM, 20 steps):
+Share of held-out prompts (scenes of seed {HELD_OUT_SEED}) of which everything is in the picture, as the extractor reads it: {10 * num_samples:,} pictures,
+{num_samples:,} samples of each cycle (DDIM, 20 steps, noise of seed 0), one training (seed 0). `docs/results.md` has the finished model from
+three seeds of noise.
 
 | | one object | two objects |
 |---|---|---|
