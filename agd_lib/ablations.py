@@ -68,6 +68,8 @@ class Variant:
 
 INTERVALS: tuple[tuple[int, int], ...] = ((0, 600), (200, 800), (200, 600))
 """Timesteps from and to which guidance is tried to hold."""
+SEARCHED: tuple[tuple[int, int], ...] = ((0, 600), (0, 700), (0, 800), (0, 900), (100, 1_000))
+"""Those among which one is chosen for the text-to-image models, by CFG and with other seeds than those of the results (3 and 4)."""
 
 
 def _intervals(intervals: Sequence[tuple[int, int]], *scales: float) -> tuple[Variant, ...]:
@@ -87,6 +89,7 @@ ABLATIONS: dict[str, dict[str, tuple[Variant, ...]]] = {
         "tiny-sd21": _intervals(INTERVALS[:1], 2.0, 3.0, 5.0),
         "tiny-sdxl": _intervals(INTERVALS[:1], 2.0, 3.0, 5.0),
     },
+    "search": {name: _intervals(SEARCHED, 2.0, 2.5, 3.0) for name in PLANS},
     "strength": {
         "tiny-dit": _strengths(1.5, 2.0, 2.5, 3.0, 4.0, 6.0),
         "tiny-sd21": _strengths(2.0, 3.0, 5.0),
@@ -308,7 +311,9 @@ def main() -> None:
     parser.add_argument("ablation", choices=list(ABLATIONS))
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--results", type=Path, default=None, help="by default data/results/<base>-<ablation>.json")
-    parser.add_argument("--kinds", nargs="+", default=["modulated"], help="kinds of the shipped adapters")
+    parser.add_argument(
+        "--kinds", nargs="*", default=["modulated"], help="kinds of the shipped adapters; none: CFG alone"
+    )
     parser.add_argument("--scales", nargs="+", type=float, default=None, help="of the ablation's scales these alone")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--n", type=int, default=None, help="images for each; by default as many as in the study")

@@ -99,6 +99,7 @@ ABLATIONS: dict[str, tuple[TrainingVariant, ...]] = {
         TrainingVariant(kind=kind, states=states) for kind in KINDS for states in ("guided", "noised", "half")
     ),
     "size": tuple(TrainingVariant(kind=kind, share=share) for kind in KINDS for share in (0.01, 0.025, 0.05, 0.10)),
+    "smallest": tuple(TrainingVariant(kind=kind, share=0.005) for kind in KINDS),
     "inputs": tuple(
         TrainingVariant(kind=kind, use_timestep=timestep, use_condition=condition)
         for kind in KINDS
@@ -118,6 +119,9 @@ ABLATIONS: dict[str, tuple[TrainingVariant, ...]] = {
         *(replace(_DEFAULT, trajectories=trajectories, kept_steps=kept) for trajectories, kept in _THRIFT),
         *(replace(_DEFAULT, trajectories=6_400, collection_steps=steps) for steps in (5, 10)),
         replace(_DEFAULT, trajectories=400, collection_steps=1_000, kept_steps=20),  # the paper's number of steps
+    ),
+    "collection": tuple(
+        replace(_DEFAULT, trajectories=400, collection_steps=steps, kept_steps=20) for steps in (1_000, 50, 20)
     ),
 }
 """Ablation -> what is trained. Each is tried on one base model at a time; a DiT has no other ``sites``."""
