@@ -46,7 +46,7 @@ nav a { display: block; text-decoration: none; padding: .1rem 0; } nav a:hover {
 table { border-collapse: collapse; font-size: .84rem; font-variant-numeric: tabular-nums; }
 th { text-align: left; font-weight: 600; color: var(--quiet); border-bottom: 2px solid var(--line); }
 th, td { padding: .35rem .8rem .35rem 0; vertical-align: top; }
-.numbers th, .numbers td { white-space: nowrap; } .numbers td:first-child { padding-left: .4rem; }
+.numbers { font-size: .76rem; } .numbers th, .numbers td { white-space: nowrap; } .numbers td:first-child { padding-left: .4rem; }
 td { border-bottom: 1px solid var(--line); }
 tr.first td { border-top: 2px solid var(--line); } tr.best td { font-weight: 650; background: #eef4fb; }
 .dot { display: inline-block; width: .65rem; height: .65rem; border-radius: 50%; margin-right: .5rem; }
