@@ -69,7 +69,7 @@ class Variant:
 INTERVALS: tuple[tuple[int, int], ...] = ((0, 600), (200, 800), (200, 600))
 """Timesteps from and to which guidance is tried to hold."""
 SEARCHED: tuple[tuple[int, int], ...] = ((0, 600), (0, 700), (0, 800), (0, 900), (100, 1_000))
-"""Those in which CFG alone was tried, with seeds that no other table uses (3 and 4): does any interval pay?"""
+"""Those in which CFG alone was tried, with seeds that no other table uses (3 to 5): does any interval pay?"""
 
 
 def _intervals(intervals: Sequence[tuple[int, int]], *scales: float) -> tuple[Variant, ...]:

@@ -1,4 +1,4 @@
-"""The adapters: plain modules that add a correction to an attention layer's output. They know nothing of diffusers.
+"""The adapters: plain modules that add a correction to a layer's output (in the paper: attention). They know no diffusers.
 
 An adapter works in two halves. :meth:`Adapter.condition` turns what a whole forward pass shares (guidance scale,
 timestep, class or prompt) into whatever the layer needs; :meth:`Adapter.forward` applies it to the layer's tokens. The
@@ -82,7 +82,7 @@ class AdapterSizes:
 class ScalarEncoding(nn.Module):
     """Random Fourier features of a scalar, a two-layer network and a layer norm: (..., B) -> (..., B, d).
 
-    ``cos(2 pi (f s + phi))`` with f ~ N(0, 1) and phi ~ U[0, 1) fixed at the start.
+    ``cos(2 pi (f s + phi))`` with f ~ N(0, 1) and phi ~ U[0, 1) fixed at the start. (...) are none or some dimensions in front.
     """
 
     frequencies: Tensor
@@ -146,7 +146,8 @@ class Adapter(nn.Module):
         raise NotImplementedError
 
     def constant(self, condition: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """What of a :meth:`condition`, of one forward pass, is the same at every step and scale."""
+        """What of a :meth:`condition`, of one forward pass, is the same at every step and scale: tensors (B, L, ...) of what
+        comes from the prompt, or nothing."""
         return ()
 
     def forward(self, hidden_states: Tensor, output: Tensor, condition: tuple[Tensor, ...]) -> Tensor:

@@ -132,6 +132,9 @@ class AdapterSet(nn.Module):
         enabled: while False, the base model behaves as if nothing were attached.
         card: the model card that they were loaded with; empty for others, and after more training. Saved with them again
             while their config is the one that it was written for.
+
+    Raises:
+        ValueError: for an unknown kind, or several noise ranges for a kind other than modulated.
     """
 
     card: str
@@ -204,9 +207,10 @@ class AdapterSet(nn.Module):
                 whose conditions are pairs of a prompt and a negative one.
 
         Raises:
-            ValueError: for an unknown kind, a hidden size or a number of noise ranges below 1, several noise ranges for
-                a kind other than modulated, a guidance range out of order, modulated adapters for a text-to-image
-                model that are not to see the prompt, which is what they shift, or negative prompts of a model without any.
+            ValueError: for an unknown kind, a hidden size or a number of noise ranges below 1, an odd hidden size for
+                cross-attention adapters (half sines, half cosines), several noise ranges for a kind other than modulated, a
+                guidance range out of order, modulated adapters for a text-to-image model that are not to see the prompt,
+                which is what they shift, or negative prompts of a model without any.
         """
         check_guidance_range(guidance_range)
         if not _is_size(hidden_size):
@@ -771,8 +775,7 @@ def find_adapters(base: BaseModel, run: str | Path, kind: str) -> Path:
     lesson = next((name for known, name in lessons.items() if isinstance(base, known)), "04_train_sd21_adapters")
     raise AdapterError(
         f"found no trained {kind} adapters for {base.name}, neither in {display_path(places[0])} (this run's own) nor in "
-        f"{display_path(places[1])} (shipped). Train them: run notebooks/02_collect_trajectories.ipynb and then "
-        f"notebooks/{lesson}.ipynb with the same base_name and run_dir"
+        f"{display_path(places[1])} (shipped). Train them: run notebooks/{lesson}.ipynb with the same base_name and run_dir"
     )
 
 

@@ -66,8 +66,9 @@ def sampling_cost(base: BaseModel, num_images: int, nfe: int, batch_size: int | 
 
 
 def collection_cost(base: BaseModel, plan: CollectionPlan, batch_size: int = 128) -> Cost:
-    """Cost of Algorithm 1: two forward passes per trajectory and step, and the recorded states on disk."""
-    forwards = 2 * plan.num_trajectories * plan.num_inference_steps
+    """Cost of Algorithm 1: two forward passes per trajectory and step (one at scale 1), and the states on disk."""
+    passes = 1 if plan.guidance_range == (1, 1) else 2
+    forwards = passes * plan.num_trajectories * plan.num_inference_steps
     return Cost(forwards * seconds_per_forward(base, batch_size), predicted_size(base, plan))
 
 

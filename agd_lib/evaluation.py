@@ -231,7 +231,11 @@ class RunningStatistics:
 
 
 def save_reference(path: Path, features: Tensor, extractor_name: str) -> None:
-    """Keep the features of reference images in a safetensors file."""
+    """Keep the features (N, D) of reference images in a safetensors file.
+
+    Raises:
+        WriteError: if it cannot be written.
+    """
     write_tensors(path, {"features": features}, metadata={"extractor": extractor_name})
 
 
@@ -469,7 +473,8 @@ def evaluate(
             the images that show theirs is the row's accuracy, where the extractor can tell.
 
     Raises:
-        ValueError: if n is too small, also for the number of processes, or a text-to-image model gets no prompts.
+        ValueError: if n is too small, also for the number of processes, or a text-to-image model gets no prompts; for a scale
+            that a row cannot name (a number or a :class:`GuidanceInterval` is one), or a guidance of another class.
         EvaluationError: if reference and extractor do not match, or what was kept is damaged.
         FolderInUseError: if another process makes the same measurement into the same folder.
     """
@@ -738,7 +743,11 @@ def within_class_distance(features: Tensor, labels: Sequence[int] | Tensor) -> f
 
 def describe(guidance: Guidance) -> tuple[str, str | None, float, int | None]:
     """``(kind, adapter kind, scale, adapter parameters)`` of a guidance, for a row of results; an interval's scale is the
-    one inside."""
+    one inside.
+
+    Raises:
+        ValueError: for a scale that is neither a number nor a :class:`GuidanceInterval`, or a guidance of another class.
+    """
     if isinstance(guidance, Unguided):
         return "unguided", None, 1.0, None
     if isinstance(guidance, CFG | AGD) and isinstance(guidance.scale, int | float | GuidanceInterval):
@@ -793,7 +802,11 @@ def _synchronize(base: BaseModel) -> None:
 
 
 def default_extractor(base: BaseModel, data: Path) -> tuple[FeatureExtractor, Path | None]:
-    """The extractor for a base model and its shipped reference: the small one for ``tiny-`` models, else Inception."""
+    """The extractor for a base model and its shipped reference: the small one for ``tiny-`` models, else Inception.
+
+    Raises:
+        EvaluationError: if there is neither: Inception's weights cannot be fetched, or the small one is damaged.
+    """
     folder = data / base.name
     if (folder / "extractor").is_dir():
         small = ShapesFeatures if isinstance(base, DiTBase) else AttributeFeatures

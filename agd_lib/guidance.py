@@ -49,7 +49,7 @@ def cfg_combine(unconditional: Tensor, conditional: Tensor, scale: Tensor) -> Te
 
 
 def check_scale(value: float | Tensor) -> None:
-    """Refuse what is no guidance scale.
+    """Refuse what is no guidance scale: a number, or a tensor of any shape, of which every value has to be one.
 
     Raises:
         ValueError: if a scale is negative, NaN or infinite.
@@ -186,7 +186,7 @@ class CFG:
         return conditional, unconditional
 
     def combine(self, unconditional: Tensor, conditional: Tensor, scale: Tensor) -> Tensor:
-        """:func:`cfg_combine` on the guided channels; the others keep the conditional prediction."""
+        """:func:`cfg_combine` of predictions (B, C, H, W) on the guided channels; the others stay conditional."""
         guided = cfg_combine(unconditional, conditional, scale)
         if self.guided_channels is None:
             return guided

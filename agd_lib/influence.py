@@ -67,7 +67,7 @@ def endpoint_influence(
 
 
 def influence_of(base: BaseModel, store: TrajectoryStore) -> Tensor:
-    """:func:`endpoint_influence` of a store, measured at the first call and kept in the store's folder.
+    """:func:`endpoint_influence` of a store, (num_bins,), measured at the first call and kept in the store's folder.
 
     Raises:
         StoreError: if the file that keeps it is damaged. WriteError: if it cannot be written.

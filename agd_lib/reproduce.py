@@ -133,7 +133,7 @@ LANE_OF_BASE: dict[str, str] = {
     "tiny-sdxl": "sdxl",
     "sdxl": "sdxl",
 }
-"""The lane of each base model with a short name; the profile of any other one (a folder, a hub id) tells it."""
+"""The lane of each base model with a short name; the profile of any other one (a folder, a hub id) has to tell it."""
 
 
 FILES: dict[str, str] = {
@@ -206,9 +206,12 @@ def load_profile(name: str, base: str, path: Path | None = None) -> Profile:
         )
     if not all(isinstance(expected[cost], int | float) and expected[cost] >= 0 for cost in costs):
         raise ReproduceError(f"{display_path(path)}: the numbers under 'expected' must not be negative: {expected}")
-    lane = values.pop("lane", LANE_OF_BASE.get(base, "dit"))
+    lane = values.pop("lane", LANE_OF_BASE.get(base))
     if not isinstance(lane, str) or lane not in LANES:
-        raise ReproduceError(f"{display_path(path)} gives lane: {lane!r}, expected one of: {', '.join(LANES)}")
+        raise ReproduceError(
+            f"{display_path(path)} gives lane: {lane!r}, expected one of: {', '.join(LANES)} (for a DiTPipeline, a "
+            "StableDiffusionPipeline, a StableDiffusionXLPipeline)"
+        )
     exceptions = {str(key): values.pop(key) for key, value in list(values.items()) if isinstance(value, dict)}
     minutes, disk_mib, memory_mib = (float(expected[cost]) for cost in costs)
     return Profile(name, base, values, minutes, disk_mib, memory_mib, lane, exceptions)

@@ -82,7 +82,8 @@ def sample(
             schedulers.
 
     Raises:
-        ValueError: if the number of seeds or latents is not B, or the number of steps is out of range.
+        ValueError: if both or neither of seeds and latents are given, their number is not B, or the number of steps is out of
+            range.
     """
     batch_size = len(next(iter(condition.values())))
     if not 1 <= num_inference_steps <= base.num_train_timesteps:

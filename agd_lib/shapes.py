@@ -317,6 +317,6 @@ def make_images(
 
 
 def iter_images(seed: int, count: int, batch_size: int = 500) -> Iterator[tuple[Tensor, Tensor]]:
-    """The same images as :func:`make_images`, a batch at a time, so that memory does not grow with ``count``."""
+    """The images (B, 3, 32, 32) and labels (B,) of :func:`make_images`, in batches: memory does not grow with ``count``."""
     for start in range(0, count, batch_size):
         yield make_images(seed, min(batch_size, count - start), start)

@@ -74,7 +74,7 @@ def _to_float(images: Tensor) -> Tensor:
 
 
 def to_unit(images: Tensor) -> Tensor:
-    """Bytes as floats in [0, 1], as feature extractors take them."""
+    """Bytes (B, 3, H, W) as floats in [0, 1], as feature extractors take them."""
     return images.float() / 255
 
 

@@ -50,7 +50,7 @@ def faded(images: Tensor) -> Tensor:
 
 
 def unfaded(images: Tensor) -> Tensor:
-    """The reverse of :func:`faded`; what no faded picture could show is clamped to [0, 1]."""
+    """The reverse of :func:`faded`, (B, 3, H, W) in [0, 1]; what no faded picture could show is clamped to [0, 1]."""
     return ((images - (1 - KEPT_CONTRAST) * _tint(images)) / KEPT_CONTRAST).clamp(0, 1)
 
 

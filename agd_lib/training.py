@@ -1,6 +1,6 @@
 """Algorithm 2: train adapters on recorded trajectories, as a generator over steps.
 
-    for state in train(base, adapters, store, num_steps=1000):
+    for state in train(base, adapters, store, TrainingSettings(num_steps=1000)):
         ...                                   # watch state.loss; stop when you like
 
 The recorded targets are all that is left of the teacher: a step is one forward and one backward pass at the cost of
@@ -60,6 +60,9 @@ class TrainingSettings:
         max_grad_norm: a longer gradient is scaled down to this norm, which lets a higher learning rate be stable; None
             (the paper) leaves it as it is.
         seed: of the order in which states are drawn.
+
+    Raises:
+        ValueError: for a number out of its range, an unknown weighting or optimiser; the message says which.
     """
 
     num_steps: int = 5_000
@@ -279,7 +282,9 @@ def train(
             about a forward pass more a step, and the same gradients. :mod:`agd_lib.memory` predicts both.
 
     Raises:
-        ValueError: if the batch cannot be shared out evenly among the processes, or the adapters' strength was restored.
+        ValueError: if the batch cannot be shared out evenly among the processes, the adapters' strength was restored, or
+            ``checkpoint_every`` is below 1; with the weighting ``"endpoint"``, if guidance moves nothing (scale 1), or its
+            influence has yet to be measured and the base model is not in float32.
         StoreError: if the store is incomplete, of another base model, or its guidance range or its number of guided
             channels is not the adapters', or it has negative prompts and the adapters do not see them, or the reverse.
         CheckpointError: if a checkpoint is damaged or of other settings, or the loss or a weight becomes NaN or infinite.

@@ -58,6 +58,10 @@ class CollectionPlan:
         dtype: ``"float16"``, ``"bfloat16"`` or ``"float32"`` for stored latents and targets.
         trajectories_per_shard: how many trajectories go into one file: the unit that an interruption can cost.
         guided_channels: see :class:`agd_lib.guidance.CFG`.
+
+    Raises:
+        ValueError: for numbers below 1, a negative seed, no conditions, a guidance range out of order, more recorded than
+            sampled steps, or an unknown dtype; the message says which.
     """
 
     conditions: tuple[Any, ...]
@@ -183,12 +187,15 @@ class _RecordingCFG:
     def __init__(self, scales: Tensor, guided_channels: int | None) -> None:
         self.cfg = CFG(scales, guided_channels)
         self.scales = scales
+        self.guides = bool((scales != 1).any())
         self.latents = torch.empty(0)
         self.signal = torch.zeros_like(scales)
 
     def predict(self, base: BaseModel, latents: Tensor, timestep: float, condition: Condition) -> Tensor:
-        conditional, unconditional = self.cfg.both(base, latents, timestep, condition)
         self.latents = latents
+        if not self.guides:  # the conditional model's prediction: nothing to ask a second pass for
+            return base.denoise(latents, timestep, condition)
+        conditional, unconditional = self.cfg.both(base, latents, timestep, condition)
         target = self.cfg.combine(unconditional, conditional, self.scales)
         self.signal = (target - conditional).float().square().flatten(1).mean(dim=1)
         return target
@@ -210,15 +217,15 @@ def collect(
         base: in float32, so that the targets are exact: towards high noise the guidance signal is smaller than
             bfloat16's rounding.
         folder: new, or an unfinished or finished store with the same plan.
-        batch_size: trajectories side by side; each makes two forward passes a step.
+        batch_size: trajectories side by side; each makes two forward passes a step (one, if all of them have scale 1).
 
     Raises:
         StoreError: if the folder holds a store with another plan or of another base model, or damaged shards; if a
             prediction is NaN or infinite, also after rounding to the plan's dtype.
         FolderInUseError: if another process collects into this folder.
         WriteError: if the disk is full, or has no room for what is still missing.
-        ValueError: for an unknown condition, more guided channels than the latents have, a number of steps that the
-            scheduler cannot make, or a scheduler whose timesteps are not whole numbers.
+        ValueError: for a base model that is not in float32, an unknown condition, more guided channels than the latents
+            have, a number of steps that the scheduler cannot make, or a scheduler whose timesteps are not whole numbers.
     """
     folder = Path(folder)
     _check_plan(base, plan)
@@ -611,7 +618,11 @@ class TrajectoryStore:
         return int(self._starts[-1])
 
     def column(self, name: str) -> Tensor:
-        """One value per recorded state, all of them: ``timestep``, ``guidance_scale``, ``condition`` or ``signal``."""
+        """One value per recorded state, (len(store),): ``timestep``, ``guidance_scale``, ``condition`` or ``signal``.
+
+        Raises:
+            KeyError: for another name.
+        """
         return torch.cat([shard[name] for shard in self._shards])
 
     def batch(self, indices: Tensor) -> TrajectoryBatch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -73,6 +74,8 @@ def test_sampling_and_collection_scale_with_their_forward_passes(dit_base: DiTBa
     plan = CollectionPlan(conditions=(0, 1), num_trajectories=30, num_inference_steps=10, steps_per_trajectory=4)
     expected = Cost(2 * 30 * 10 / 8, predicted_size(dit_base, plan))
     assert collection_cost(dit_base, plan, batch_size=8) == expected
+    at_one = collection_cost(dit_base, replace(plan, guidance_range=(1.0, 1.0)), batch_size=8)
+    assert at_one == replace(expected, seconds=30 * 10 / 8)  # no second pass
     assert expected.disk_bytes == 30 * 4 * (2 * 4 * 8 * 8 * 2 + 24) + 2 * 8  # states, and class labels
 
 

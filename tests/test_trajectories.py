@@ -179,6 +179,19 @@ def test_a_range_of_one_scale_is_that_scale(base: DiTBase) -> None:
     assert set(found["guidance_scale"].tolist()) == {3.0}
 
 
+def test_at_scale_1_the_target_is_the_conditional_prediction_from_one_pass_a_step(
+    base: DiTBase, tmp_path: Path
+) -> None:
+    plan = a_plan(guidance_range=(1.0, 1.0), dtype="float32")
+    with count_forwards(base) as meter:
+        store = collect(base, plan, tmp_path, progress=False)
+    assert meter.nfe(plan.num_trajectories) == plan.num_inference_steps
+    conditional, _ = recomputed_targets(base, store)
+    batch = store.batch(torch.arange(len(store)))
+    torch.testing.assert_close(batch.target, conditional, rtol=1e-4, atol=1e-5)
+    assert not batch.signal.any()
+
+
 def recomputed_targets(base: DiTBase, store: TrajectoryStore) -> tuple[torch.Tensor, torch.Tensor]:
     batch = store.batch(torch.arange(len(store)))
     null = {"class_labels": torch.full((len(store),), base.num_classes)}
