@@ -1,4 +1,4 @@
-"""The adapters: plain modules that add a correction to a layer's output (in the paper: attention). They know no diffusers.
+"""The adapters: plain modules that add a correction to a layer's output. They know nothing of diffusers.
 
 An adapter works in two halves. :meth:`Adapter.condition` turns what a whole forward pass shares (guidance scale,
 timestep, class or prompt) into whatever the layer needs; :meth:`Adapter.forward` applies it to the layer's tokens. The
