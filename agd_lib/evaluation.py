@@ -805,7 +805,7 @@ def default_extractor(base: BaseModel, data: Path) -> tuple[FeatureExtractor, Pa
     """The extractor for a base model and its shipped reference: the small one for ``tiny-`` models, else Inception.
 
     Raises:
-        EvaluationError: if there is neither: Inception's weights cannot be fetched, or the small one is damaged.
+        EvaluationError: if Inception's weights cannot be fetched. AGDError: if the small one is damaged.
     """
     folder = data / base.name
     if (folder / "extractor").is_dir():
